@@ -1,0 +1,60 @@
+"""Where everything of one suite lies under results/<suite>/. The only place that knows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Layout(NamedTuple):
+    """Paths of one suite's results."""
+
+    root: Path
+
+    @property
+    def plan(self) -> Path:
+        """The expanded suite."""
+        return self.root / "plan.json"
+
+    @property
+    def report(self) -> Path:
+        """Folder of report.html, report.md, results.parquet, results.csv."""
+        return self.root / "report"
+
+    @property
+    def records(self) -> Path:
+        """Folder of all records."""
+        return self.root / "records"
+
+    def cell(self, cell_id: str) -> Path:
+        """A cell file."""
+        return self.root / "cells" / f"{cell_id}.json"
+
+    def block(self, block_id: str) -> Path:
+        """The file that a block writes last; it lists the block's records."""
+        return self.root / "blocks" / f"{block_id}.json"
+
+    def data(self, name: str) -> Path:
+        """The manifest of a fetched or generated data set: {name, path, sha256, rows, ...}."""
+        return self.root / "data" / f"{file_name(name)}.json"
+
+    def warm(self, key: str) -> Path:
+        """Folder of a warm start: weights/ (checkpoint and tokenizer), record.json, work/, and done.json, written last."""
+        return self.root / "warm" / key
+
+    def record(self, cell_id: str, trial: int) -> Path:
+        """A record."""
+        return self.records / cell_id / f"{trial}.json"
+
+    def logs(self, cell_id: str, trial: int) -> Path:
+        """Work folder of a trial: trial.json, parts, heartbeats, rank<k>.log."""
+        return self.root / "logs" / cell_id / str(trial)
+
+    def chained(self, cell_id: str, trial: int) -> Path:
+        """Weights that a cell left for its next stage (`warm_start: chain`)."""
+        return self.root / "warm" / f"{cell_id}-trial{trial}"
+
+
+def file_name(name: str) -> str:
+    """A data name as one path component."""
+    return "".join(letter if letter.isalnum() or letter in "._-" else "_" for letter in name)
