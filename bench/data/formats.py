@@ -1,0 +1,428 @@
+"""Rows out of files: JSON arrays, JSON Lines, both also gzipped, and Parquet; told apart by content, never by name.
+
+A malformed row is rejected with its line and reason and reading goes on; a file that is damaged as a whole (cut off,
+not UTF-8, not JSON at all) is a DataError. Files are read as streams: only the rows themselves stay in memory.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Literal, NamedTuple
+
+from bench.errors import DataError
+
+Kind = Literal["instruct", "pairs", "prompts"]
+
+KINDS: dict[str, str] = {
+    "instruct": "instruction, output (and input, id)",
+    "pairs": "prompt, chosen, rejected (or whole dialogues as chosen and rejected)",
+    "prompts": "instruction (and id)",
+}
+"""Kind -> the fields of a row."""
+
+CHUNK_BYTES = 1 << 20
+LONGEST_ROW_BYTES = 64 << 20
+ASSISTANT = "\n\nAssistant:"
+
+
+class Rejected(NamedTuple):
+    """A row that was not used: its line in the file (Parquet: its row), from 1, and why."""
+
+    line: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"line {self.line}: {self.reason}"
+
+
+@dataclass(slots=True)
+class Rows:
+    """What a file holds: usable rows in the order of the file, and the others with their reasons."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    rejected: list[Rejected] = field(default_factory=list)
+
+
+class Raw(NamedTuple):
+    """One row as it stands in the file: a parsed value, or the reason why it could not be parsed."""
+
+    line: int
+    value: Any
+    reason: str | None = None
+
+
+def read_rows(path: Path, kind: str, *, rejected_share: float = 0.01, first: int | None = None) -> Rows:
+    """Return the rows of `path` as `kind` (instruct, pairs or prompts); with `first`, only so many from the start.
+
+    Rows have exactly these keys: instruct {instruction, input, output, id if there is one}, pairs {prompt, chosen,
+    rejected}, prompts {instruction, id if there is one}; all values are text, save `id` (text or whole number).
+    Raises DataError if the file is damaged, has no usable row, or more than `rejected_share` of its rows are rejected.
+    """
+    found = Rows()
+    for row in parsed_rows(path, kind):
+        if isinstance(row, Rejected):
+            found.rejected.append(row)
+        else:
+            found.rows.append(row)
+        if first is not None and len(found.rows) >= first:
+            break
+    check_share(path, kind, len(found.rows), found.rejected, rejected_share)
+    return found
+
+
+def parsed_rows(path: Path, kind: str) -> Iterator[dict[str, Any] | Rejected]:
+    """Yield every row of `path` as `kind`, or why it is none, in the order of the file. Raises DataError if it is damaged."""
+    parse = _PARSERS[kind]
+    for raw in raw_rows(path):
+        row, reason = (None, raw.reason) if raw.reason else parse(raw.value)
+        yield Rejected(raw.line, reason or "") if row is None else row
+
+
+def check_share(path: Path, kind: str, rows: int, rejected: Sequence[Rejected], rejected_share: float) -> None:
+    """Raise DataError if there is no usable row, or more than `rejected_share` of all rows are rejected."""
+    total = rows + len(rejected)
+    if total == 0:
+        raise DataError(f"{path}: has no rows; a data file has at least one")
+    if rows and len(rejected) <= rejected_share * total:
+        return
+    examples = "; ".join(map(str, rejected[:3]))
+    raise DataError(
+        f"{path}: {len(rejected)} of {total} rows are not usable as {kind} (at most {rejected_share:.2%} may be): {examples};"
+        f" a row has the fields {KINDS[kind]}"
+    )
+
+
+def guess_kind(path: Path) -> Kind:
+    """The kind that the first row's fields fit best. Raises DataError if they fit none, or there is no row."""
+    raw = next(iter(raw_rows(path)), None)
+    if raw is None:
+        raise DataError(f"{path}: has no rows; a data file has at least one")
+    if raw.reason or not isinstance(raw.value, dict):
+        raise DataError(f"{path}: line {raw.line}: {raw.reason or 'not an object'}; a data file is a JSON array, JSON Lines or Parquet")
+    fields = raw.value.keys()
+    if {"chosen", "rejected"} <= fields:
+        return "pairs"
+    if {"instruction", "output"} <= fields:
+        return "instruct"
+    if "instruction" in fields:
+        return "prompts"
+    wanted = "; ".join(f"{kind}: {names}" for kind, names in KINDS.items())
+    raise DataError(f"{path}: the first row has the fields {', '.join(sorted(fields)) or '(none)'}; known are {wanted}")
+
+
+def raw_rows(path: Path) -> Iterator[Raw]:
+    """Yield every row of `path` with its line, blank lines left out. Raises DataError if the file is damaged."""
+    with _opened(path) as file:
+        head = file.peek(8)[:8] if hasattr(file, "peek") else b""
+        if head[:4] == b"PAR1":
+            yield from _parquet_rows(path)
+            return
+        if head[:2] == b"\x1f\x8b":
+            with gzip.GzipFile(fileobj=file) as unpacked:
+                yield from _text_rows(path, unpacked)
+            return
+        yield from _text_rows(path, file)
+
+
+# -- containers ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with path.open("rb") as file:
+            yield file
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{path}: the gzip file is damaged or cut off: {error}; fetch it again") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}; give the path of a data file") from None
+
+
+def _parquet_rows(path: Path) -> Iterator[Raw]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    wanted = {"instruction", "input", "output", "id", "prompt", "chosen", "rejected"}
+    try:
+        with pq.ParquetFile(path) as table:
+            columns = [name for name in table.schema_arrow.names if name in wanted]
+            line = 0
+            for batch in table.iter_batches(batch_size=1024, columns=columns):
+                for row in batch.to_pylist():
+                    line += 1
+                    yield Raw(line, row)
+    except pa.ArrowException as error:
+        raise DataError(f"{path}: the Parquet file is damaged or cut off: {str(error).splitlines()[0]}; fetch it again") from None
+
+
+def _text_rows(path: Path, file: IO[bytes]) -> Iterator[Raw]:
+    start = file.read(CHUNK_BYTES)
+    seen = start.removeprefix(codecs.BOM_UTF8).lstrip(b" \t\r\n")
+    while not seen and (more := file.read(CHUNK_BYTES)):
+        start += more
+        seen = more.lstrip(b" \t\r\n")
+    if seen[:1] == b"<":
+        raise DataError(f"{path}: an HTML or XML page, not data: {seen[:60].decode('utf-8', 'replace')!r}; fetch the file again")
+    if seen[:1] == b"[":
+        yield from _array_rows(path, start, file)
+    else:
+        yield from _line_rows(path, start, file)
+
+
+# -- JSON Lines ----------------------------------------------------------------------------------------------------
+
+
+def _lines(path: Path, start: bytes, file: IO[bytes]) -> Iterator[tuple[int, int, bytes]]:
+    """Yield (number from 1, byte offset, line); only the line feed ends a line, so that U+2028 and its like stay text."""
+    rest, number, offset = start, 0, 0
+    while True:
+        *whole, rest = rest.split(b"\n")
+        for line in whole:
+            number += 1
+            yield number, offset, line
+            offset += len(line) + 1
+        if len(rest) > LONGEST_ROW_BYTES:
+            raise DataError(f"{path}: line {number + 1} is longer than {LONGEST_ROW_BYTES} bytes; rows are JSON objects of one line each")
+        chunk = file.read(CHUNK_BYTES)
+        if not chunk:
+            break
+        rest += chunk
+    yield number + 1, offset, rest
+
+
+def _line_rows(path: Path, start: bytes, file: IO[bytes]) -> Iterator[Raw]:
+    for number, offset, line in _lines(path, start, file):
+        try:
+            text = line.decode("utf-8").strip(" \t\r")
+        except UnicodeDecodeError as error:
+            raise _not_utf8(path, offset + error.start, line[error.start], number) from None
+        if number == 1:
+            text = text.removeprefix("\ufeff")
+        if text:
+            yield _parsed_line(number, text)
+
+
+def _parsed_line(number: int, text: str) -> Raw:
+    try:
+        return Raw(number, _decoder.decode(text))
+    except json.JSONDecodeError as error:
+        return Raw(number, None, f"not JSON: {error.msg} at column {error.colno}")
+    except (ValueError, RecursionError) as error:
+        return Raw(number, None, f"not usable JSON: {error}")
+
+
+def _not_utf8(path: Path, offset: int, byte: int, line: int) -> DataError:
+    return DataError(f"{path}: not UTF-8 at byte {offset} (0x{byte:02x}, line {line}); data files are UTF-8 text, convert it first")
+
+
+# -- JSON arrays ---------------------------------------------------------------------------------------------------
+
+
+class _Text:
+    """A sliding window over UTF-8 text that knows the line number of its cursor."""
+
+    def __init__(self, path: Path, start: bytes, file: IO[bytes]) -> None:
+        self.path, self.file = path, file
+        self.decode = codecs.getincrementaldecoder("utf-8")()
+        self.bytes_read, self.line, self.at, self.ended = 0, 1, 0, False
+        self.text = ""
+        self._feed(start.removeprefix(codecs.BOM_UTF8), skipped=len(start) - len(start.removeprefix(codecs.BOM_UTF8)))
+
+    def _feed(self, chunk: bytes, skipped: int = 0) -> None:
+        self.bytes_read += skipped
+        pending = self.decode.getstate()[0]
+        try:
+            self.text += self.decode.decode(chunk, final=not chunk)
+        except UnicodeDecodeError as error:
+            begin = self.bytes_read - len(pending)
+            good = (pending + chunk)[: error.start]
+            line = self.line + self.text.count("\n", self.at) + good.count(b"\n")
+            raise _not_utf8(self.path, begin + error.start, (pending + chunk)[error.start], line) from None
+        self.bytes_read += len(chunk)
+
+    def more(self) -> bool:
+        """Read on, at least as much as is waiting; False at the end of the file."""
+        self.text, self.at = self.text[self.at :], 0
+        chunk = b"" if self.ended else self.file.read(max(CHUNK_BYTES, len(self.text)))
+        if not chunk:
+            if not self.ended:
+                self._feed(b"")
+            self.ended = True
+            return False
+        self._feed(chunk)
+        return True
+
+    def move(self, to: int) -> None:
+        """Move the cursor forward to index `to` of the window."""
+        self.line += self.text.count("\n", self.at, to)
+        self.at = to
+
+    def skip_space(self) -> str:
+        """Move to the next character that is no white space and return it; "" at the end."""
+        while True:
+            to = self.at
+            while to < len(self.text) and self.text[to] in " \t\r\n":
+                to += 1
+            self.move(to)
+            if to < len(self.text):
+                return self.text[to]
+            if not self.more():
+                return ""
+
+
+def _array_rows(path: Path, start: bytes, file: IO[bytes]) -> Iterator[Raw]:
+    text = _Text(path, start, file)
+    text.skip_space()
+    text.move(text.at + 1)
+    count = 0
+    if text.skip_space() == "]":
+        text.move(text.at + 1)
+    else:
+        while True:
+            line = text.line
+            yield Raw(line, _array_value(text, count))
+            count += 1
+            mark = text.skip_space()
+            if mark not in (",", "]"):
+                raise _broken_array(text, count, f"expected ',' or ']', seen {mark!r}")
+            text.move(text.at + 1)
+            if mark == "]":
+                break
+            text.skip_space()
+    if after := text.skip_space():
+        raise DataError(f"{path}: line {text.line}: text after the end of the JSON array: {after!r}; a file holds one array")
+
+
+def _array_value(text: _Text, count: int) -> Any:
+    while True:
+        try:
+            value, end = _decoder.raw_decode(text.text, text.at)
+            if end < len(text.text) or not text.more():
+                break
+            continue
+        except json.JSONDecodeError as error:
+            # The row may merely reach past the window; one that is far longer than any row is broken.
+            if len(text.text) - text.at > LONGEST_ROW_BYTES or not text.more():
+                raise _broken_array(text, count, error.msg) from None
+        except (ValueError, RecursionError) as error:
+            raise _broken_array(text, count, str(error)) from None
+    text.move(end)
+    return value
+
+
+def _broken_array(text: _Text, count: int, why: str) -> DataError:
+    after = f"after {count} rows, at line {text.line}"
+    if text.ended and text.text[text.at :].lstrip()[:1] in ("", "{", '"'):
+        what = f"the JSON array is cut off or broken {after} ({why})"
+        return DataError(f"{text.path}: {what}; a whole one ends with ']': fetch the file again")
+    return DataError(f"{text.path}: not a JSON array: {after}: {why}; rows are objects separated by commas")
+
+
+# -- rows ----------------------------------------------------------------------------------------------------------
+
+
+class _Repeated(NamedTuple):
+    key: str
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Any:
+    content = dict(pairs)
+    if len(content) == len(pairs):
+        return content
+    keys = [key for key, _ in pairs]
+    return _Repeated(next(key for key in keys if keys.count(key) > 1))
+
+
+_decoder = json.JSONDecoder(object_pairs_hook=_object, parse_constant=lambda _: None)
+
+Parsed = tuple[dict[str, Any] | None, str | None]
+
+
+def _fault(row: Any, required: tuple[str, ...]) -> str | None:
+    """Why `row` is not an object with these text fields; None if it is."""
+    if isinstance(row, _Repeated):
+        return f"the key {row.key!r} stands twice"
+    if not isinstance(row, dict):
+        return f"not an object but {_type_name(row)}"
+    for name in required:
+        if name not in row:
+            return f"no field {name!r}; the row has {', '.join(map(repr, sorted(row))) or 'none'}"
+        if reason := _text_fault(name, row[name]):
+            return reason
+    return None
+
+
+def _text_fault(name: str, value: Any) -> str | None:
+    if not isinstance(value, str):
+        return f"{name!r} is {_type_name(value)}, not text"
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            return f"{name!r} has half a surrogate pair, which is no text"
+    return None
+
+
+def _type_name(value: Any) -> str:
+    names = {bool: "true or false", int: "a number", float: "a number", list: "an array", dict: "an object", _Repeated: "an object"}
+    return "null" if value is None else names.get(type(value), "text" if isinstance(value, str) else type(value).__name__)
+
+
+def _with_id(row: dict[str, Any], parsed: dict[str, Any]) -> Parsed:
+    identity = row.get("id")
+    if identity is None:
+        return parsed, None
+    if isinstance(identity, bool) or not isinstance(identity, (str, int)):
+        return None, f"'id' is {_type_name(identity)}, not text or a whole number"
+    return {**parsed, "id": identity}, None
+
+
+def _instruct(row: Any) -> Parsed:
+    if reason := _fault(row, ("instruction", "output")):
+        return None, reason
+    given = "" if row.get("input") is None else row["input"]
+    if reason := _text_fault("input", given):
+        return None, reason
+    if not row["instruction"].strip():
+        return None, "'instruction' is empty"
+    return _with_id(row, {"instruction": row["instruction"], "input": given, "output": row["output"]})
+
+
+def _prompts(row: Any) -> Parsed:
+    if reason := _fault(row, ("instruction",)):
+        return None, reason
+    if not row["instruction"].strip():
+        return None, "'instruction' is empty"
+    return _with_id(row, {"instruction": row["instruction"]})
+
+
+def _pairs(row: Any) -> Parsed:
+    if reason := _fault(row, ("chosen", "rejected")):
+        return None, reason
+    chosen, rejected = row["chosen"], row["rejected"]
+    if "prompt" in row:
+        reason = _text_fault("prompt", row["prompt"])
+        return (None, reason) if reason else ({"prompt": row["prompt"], "chosen": chosen, "rejected": rejected}, None)
+    cut = _dialogue_cut(chosen, rejected)
+    if cut is None:
+        return None, "no field 'prompt', and the two dialogues share no turn that ends with 'Assistant:'"
+    return {"prompt": chosen[:cut], "chosen": chosen[cut:], "rejected": rejected[cut:]}, None
+
+
+def _dialogue_cut(chosen: str, rejected: str) -> int | None:
+    """Where the prompt that two dialogues share ends: after their last common "Assistant:"."""
+    cut = chosen.rfind(ASSISTANT)
+    if cut < 0 or not rejected.startswith(chosen[: cut + len(ASSISTANT)]):
+        shared = next((at for at, (one, other) in enumerate(zip(chosen, rejected, strict=False)) if one != other), len(rejected))
+        cut = chosen.rfind(ASSISTANT, 0, shared)
+    return None if cut < 0 else cut + len(ASSISTANT)
+
+
+_PARSERS: dict[str, Callable[[Any], Parsed]] = {"instruct": _instruct, "pairs": _pairs, "prompts": _prompts}
