@@ -162,19 +162,19 @@ _TABLE = (
         "instruct",
         "Generated instructions with answers",
         2000,
-        202_891,
-        "790a23643d602666309ccbcbb4b7deb30344af0b0fa85620500d4487a65050e8",
+        202_002,
+        "37d95dc14c563ce3fc31745fa308d21659b26e07f748e3b6e73f3b2d19cdfcdb",
     ),
     _synthetic(
         "synthetic-pairs",
         "pairs",
         "Generated preference pairs",
         1000,
-        206_201,
-        "b18f0919981b25a235faed8646455b33c3cd5c45f6cd8a97d84f610f59e727df",
+        180_970,
+        "fb14a96a78d2cb0cb7f69b748e2fd1047bed487326904ea5b84fafac01fdf4b9",
     ),
     _synthetic(
-        "synthetic-prompts", "prompts", "Generated prompts", 500, 26_575, "6d313ab1fc9dcd26a80f549902d2d82950c43d0ea527ec713ef3467e4897569e"
+        "synthetic-prompts", "prompts", "Generated prompts", 500, 25_959, "734671bad46b9a758e74c5b2b17b7f272ffe2d5e859b9aef24b81841331a2287"
     ),
 )
 
