@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections import defaultdict
+import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from bench.cell import AXES, SETTINGS, Cell, Settings, cell_from_json, cell_to_json, digest, identity, validate_settings
-from bench.errors import Mistake, SuiteError
-from bench.models.presets import model_problem
+from bench.cell import AXES, Cell, Settings, canonical_json, cell_from_json, cell_to_json, digest, identity, validate_settings
 from bench.data.sources import data_problem
+from bench.errors import Mistake, SuiteError, UserError
+from bench.models.presets import model_problem
 from bench.record import write_json
 from bench.stages.base import SPECS
 from bench.strategies.base import all_strategies
@@ -59,7 +59,8 @@ class Block:
     cells: tuple[str, ...]
     """Cell ids in the order in which they run."""
     starts: dict[str, dict[str, str]]
-    """Cell id -> role -> what it begins from: a warm start's key, or `cell:<cell id>` for that cell's weights of the same trial."""
+    """Cell id -> role -> what it begins from: a warm start's key, `cell:<cell id>` for the weights that this cell left in the
+    same trial, or `path:<folder>` for a checkpoint folder of the user's."""
     after: tuple[str, ...] = ()
     """Blocks that must be done before (`warm_start: chain`)."""
     saves: tuple[str, ...] = ()
@@ -81,3 +82,274 @@ class Plan:
     data: tuple[str, ...]
     """Names of all data, those of the warm starts included."""
     limits: Limits
+
+
+def known_names() -> Known:
+    """The strategies, models and data that a suite may name."""
+    return Known(strategies=tuple(all_strategies()), model_problem=model_problem, data_problem=data_problem)
+
+
+def make_plan(path: Path) -> Plan:
+    """Read a suite file and expand it. Raises UserError or SuiteError with every mistake."""
+    return expand(read_suite(path, known_names()), str(path))
+
+
+def expand(suite: Suite, source: str) -> Plan:
+    """Expand a checked suite into its plan. Raises SuiteError where settings contradict each other or no cell can run."""
+    return _Expansion(suite, source).plan()
+
+
+class _Expansion:
+    """The state of one expansion: what was planned so far, and the mistakes seen on the way."""
+
+    def __init__(self, suite: Suite, source: str) -> None:
+        self.suite, self.source = suite, source
+        self.mistakes: list[Mistake] = []
+        self.cells: dict[str, Cell] = {}
+        self.skipped: list[Skipped] = []
+        self.warm: dict[str, Warm] = {}
+        self.starts: dict[str, dict[str, str]] = {}
+        self._settings: dict[str, Settings | None] = {}
+        self._ids: dict[tuple[Any, ...], str] = {}
+
+    def plan(self) -> Plan:
+        for path, axes, extra in _points(self.suite):
+            self._add(path, axes, extra)
+        for cell_id, cell in self.cells.items() if not self.mistakes else ():
+            self.starts[cell_id] = self._starts_of(cell)
+        if not self.cells and not self.mistakes:
+            reasons = sorted({skipped.reason for skipped in self.skipped})
+            self.mistakes.append(Mistake("axes", "no cell of this matrix can run: " + "; ".join(reasons or ["all are excluded"]), None))
+        if self.mistakes:
+            raise SuiteError(self.source, sorted(set_of_mistakes(self.mistakes)))
+        blocks = self._blocks()
+        data = {name for block in blocks for name in block.data} | {name for warm in self.warm.values() for name in _warm_data(warm)}
+        return Plan(
+            suite=self.suite.suite, trials=self.suite.trials, cells=self.cells, blocks=blocks, warm=tuple(self.warm.values()),
+            skipped=tuple(self.skipped), data=tuple(sorted(data)), limits=self.suite.limits,
+        )  # fmt: skip
+
+    def _add(self, path: str, axes: dict[str, Any], extra: dict[str, Any] | None) -> None:
+        settings = self._settings_of(axes, extra, path if extra is not None else f"stages.{axes['stage']}")
+        if settings is None:
+            return
+        cell = Cell(**axes, settings=settings)
+        reason = impossible(cell)
+        if reason and extra is not None:
+            self.mistakes.append(Mistake(path, f"this cell cannot run: {reason}", axes))
+        elif reason:
+            self.skipped.append(Skipped(cell=cell, reason=reason))
+        else:
+            cell_id = cell.cell_id
+            self.cells[cell_id] = cell
+            self._ids[_axes_key(axes)] = cell_id
+
+    def _settings_of(self, axes: dict[str, Any], extra: dict[str, Any] | None, path: str) -> Settings | None:
+        """The validated settings at a point of the matrix, or None after noting the mistake; made once for equal ones."""
+        merged = settings_for(self.suite, axes, extra)
+        if merged.get("weights", "random") == "random" and not merged.get("tokenizer_data"):
+            merged["tokenizer_data"] = [self._tokenizer_data(axes, merged)]
+        key = axes["stage"] + canonical_json(merged)
+        if key not in self._settings:
+            self._settings[key] = self._validated(axes["stage"], merged, path)
+        return self._settings[key]
+
+    def _validated(self, stage: str, merged: dict[str, Any], path: str) -> Settings | None:
+        try:
+            settings = validate_settings(stage, merged)
+        except ValidationError as error:
+            self.mistakes += [Mistake(f"{path}.{'.'.join(map(str, item['loc']))}", item["msg"], item["input"]) for item in error.errors()]
+            return None
+        if problem := _contradiction(stage, settings):
+            self.mistakes.append(Mistake(path, *problem))
+            return None
+        return settings
+
+    def _tokenizer_data(self, axes: dict[str, Any], merged: dict[str, Any]) -> str:
+        """Whose texts the tokenizer is trained on: those of the chain's first stage, so that all of its stages share it."""
+        if axes["stage"] != "sft" and merged.get("warm_start", "shared") != "none":
+            merged = settings_for(self.suite, {**axes, "stage": "sft"})
+            return str(merged.get("data", "synthetic-instruct"))
+        return str(merged.get("data") or validate_settings(axes["stage"], {}).data)
+
+    def _starts_of(self, cell: Cell) -> dict[str, str]:
+        """Role -> what the cell begins from; plans the warm starts on the way."""
+        settings, starts = cell.settings, {}
+        if settings.weights == "random":
+            starts["tokenizer"] = self._tokenizer(settings)
+        for role, stage in SPECS[cell.stage].starts.items():
+            named = settings.reward_model if role == "reward" else "trained"
+            if named not in ("trained", "fresh-head"):
+                starts[role] = f"path:{named}"
+            elif named == "trained" and settings.warm_start == "chain":
+                starts[role] = self._chained(cell, stage)
+            elif named == "trained" and settings.warm_start == "shared":
+                starts[role] = self._shared(cell, stage)
+        return starts
+
+    def _tokenizer(self, settings: Settings) -> str:
+        tokenizer = {"data": list(settings.tokenizer_data), "vocabulary": settings.tokenizer_vocabulary}
+        key = f"tokenizer-{digest(tokenizer)[:8]}"
+        self.warm.setdefault(key, Warm(key=key, tokenizer=tokenizer))
+        return key
+
+    def _chained(self, cell: Cell, stage: str) -> str:
+        axes = {axis: getattr(cell, axis) for axis in AXES} | {"stage": stage}
+        if (cell_id := self._ids.get(_axes_key(axes))) is None:
+            problem = f"warm_start: chain continues the {stage} cell of the same axes, which is not in the matrix"
+            self.mistakes.append(Mistake(f"stages.{cell.stage}.warm_start", problem, axes))
+            return ""
+        return f"cell:{cell_id}"
+
+    def _shared(self, cell: Cell, stage: str) -> str:
+        """Key of the naive, full, one-rank run of `stage` that every cell of this model starts from."""
+        axes = {"stage": stage, "model": cell.model, "strategy": "naive", "lora_rank": 0, "nodes": 1, "processes_per_node": 1}
+        settings = self._settings_of(axes, None, f"stages.{stage}")
+        if settings is None:
+            return ""
+        warm_cell = Cell(**axes, settings=settings)
+        if reason := impossible(warm_cell):
+            self.mistakes.append(Mistake(f"stages.{stage}", f"the shared warm start of {cell.stage} cannot run: {reason}", axes))
+            return ""
+        starts = self._starts_of(warm_cell)
+        key = f"{stage}-{file_slug(cell.model)}-{digest({'cell': identity(warm_cell), 'starts': starts})[:8]}"
+        self.warm.setdefault(key, Warm(key=key, cell=warm_cell, starts=starts))
+        return key
+
+    def _blocks(self) -> tuple[Block, ...]:
+        sets: dict[tuple[Any, ...], list[str]] = {}
+        for cell_id, cell in self.cells.items():
+            sets.setdefault((cell.stage, cell.model, cell.nodes, cell.processes_per_node), []).append(cell_id)
+        saves = {start[5:] for starts in self.starts.values() for start in starts.values() if start.startswith("cell:")}
+        block_of = {cell_id: key for key, cell_ids in sets.items() for cell_id in cell_ids}
+        return tuple(
+            self._block(key, trial, cell_ids, saves, block_of) for trial in range(self.suite.trials) for key, cell_ids in sets.items()
+        )
+
+    def _block(self, key: tuple[Any, ...], trial: int, cell_ids: list[str], saves: set[str], block_of: dict[str, Any]) -> Block:
+        block_id = _block_id(key, trial)
+        order = sorted(cell_ids)
+        random.Random(f"{self.suite.suite}/{block_id}").shuffle(order)
+        starts = {cell_id: self.starts[cell_id] for cell_id in order}
+        before = {start[5:] for roles in starts.values() for start in roles.values() if start.startswith("cell:")}
+        return Block(
+            block_id=block_id, stage=key[0], trial=trial, nodes=key[2], processes_per_node=key[3], cells=tuple(order), starts=starts,
+            after=tuple(sorted({_block_id(block_of[cell_id], trial) for cell_id in before})),
+            saves=tuple(cell_id for cell_id in order if cell_id in saves),
+            data=tuple(sorted({name for cell_id in order for name in cell_data(self.cells[cell_id])})),
+        )  # fmt: skip
+
+
+def _points(suite: Suite) -> Iterator[tuple[str, dict[str, Any], dict[str, Any] | None]]:
+    """Yield (path in the file, axes, own settings or None) of every point that is not excluded."""
+    product = itertools.product(*(getattr(suite.axes, axis) for axis in AXES))
+    for values in product:
+        axes = dict(zip(AXES, values, strict=True))
+        if not any(matches(axes, pattern) for pattern in suite.exclude):
+            yield "axes", axes, None
+    for number, item in enumerate(suite.include):
+        rest = {"lora_rank": 0, "nodes": 1, "processes_per_node": 1}
+        axes = {axis: item.get(axis, rest.get(axis)) for axis in AXES}
+        yield f"include[{number}]", axes, item.get("settings") or {}
+
+
+def _axes_key(axes: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(axes[axis] for axis in AXES)
+
+
+def _contradiction(stage: str, settings: Any) -> tuple[str, object] | None:
+    """Settings that contradict each other whatever the axes: (problem, value seen)."""
+    if stage in ("sft", "rm") and (settings.steps is None) == (settings.epochs is None):
+        return "give exactly one of steps and epochs", {"steps": settings.steps, "epochs": settings.epochs}
+    if settings.launcher == "fork" and settings.device != "cpu":
+        return "launcher: fork is for device: cpu; use torchrun", {"launcher": settings.launcher, "device": settings.device}
+    if stage == "ppo" and settings.prompts_per_iteration % settings.global_batch:
+        return "prompts_per_iteration is a multiple of global_batch", settings.prompts_per_iteration
+    if stage == "ppo" and (settings.ptx == "none") != (settings.ptx_coef == 0):
+        return "ptx and ptx_coef go together: data and a share above 0, or none and 0", {"ptx": settings.ptx, "ptx_coef": settings.ptx_coef}
+    return None
+
+
+def impossible(cell: Cell) -> str | None:
+    """Why `cell` can never run, or None."""
+    settings = cell.settings
+    parallel = settings.micro_batch * cell.world_size
+    if cell.step_batch % parallel:
+        return (
+            f"global batch {cell.step_batch} is no multiple of micro_batch x ranks = {settings.micro_batch} x {cell.world_size}"
+            f" = {parallel}"
+        )
+    if cell.stage == "ppo" and settings.prompts_per_iteration % cell.world_size:
+        return f"prompts_per_iteration {settings.prompts_per_iteration} is no multiple of {cell.world_size} ranks"
+    return all_strategies()[cell.strategy].unsupported(cell)
+
+
+def cell_data(cell: Cell) -> tuple[str, ...]:
+    """Names of the data that a cell reads."""
+    ptx = getattr(cell.settings, "ptx", "none")
+    return (cell.settings.data,) if ptx in ("none", cell.settings.data) else (cell.settings.data, ptx)
+
+
+def _warm_data(warm: Warm) -> tuple[str, ...]:
+    return cell_data(warm.cell) if warm.cell else tuple(warm.tokenizer["data"] if warm.tokenizer else ())
+
+
+def _block_id(key: tuple[Any, ...], trial: int) -> str:
+    stage, model, nodes, processes = key
+    return f"{stage}-{file_slug(model)}-{nodes}x{processes}-trial{trial}"
+
+
+def file_slug(name: str) -> str:
+    """A model name as part of a file name; names that differ only in odd letters stay apart."""
+    slug = "".join(letter if letter.isalnum() or letter in "._" else "-" for letter in name).strip("-")
+    return slug if slug == name else f"{slug[-40:]}-{digest(name)[:6]}"
+
+
+# -- the plan as a file ---------------------------------------------------------------------------------------------
+
+
+def plan_to_json(plan: Plan) -> dict[str, Any]:
+    """The plan as it stands in plan.json and in `plan --format json`."""
+    return {
+        "schema": PLAN_SCHEMA,
+        "suite": plan.suite,
+        "trials": plan.trials,
+        "cells": {cell_id: cell_to_json(cell) for cell_id, cell in plan.cells.items()},
+        "blocks": [asdict(block) for block in plan.blocks],
+        "warm": [{**asdict(warm), "cell": cell_to_json(warm.cell) if warm.cell else None} for warm in plan.warm],
+        "skipped": [{"cell": cell_to_json(skipped.cell), "reason": skipped.reason} for skipped in plan.skipped],
+        "data": list(plan.data),
+        "limits": asdict(plan.limits),
+    }
+
+
+def save_plan(plan: Plan, path: Path) -> None:
+    """Write the plan, atomically; an equal one is left alone."""
+    content = plan_to_json(plan)
+    if not path.exists() or json.loads(path.read_text(encoding="utf-8")) != json.loads(json.dumps(content)):
+        write_json(content, path)
+
+
+def load_plan(path: Path) -> Plan:
+    """Return the plan in `path`. Raises UserError if there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return _plan_from_json(content)
+    except OSError as error:
+        raise UserError(f"{path}: no plan to be read: {error.strerror}; `coati-bench plan SUITE --write` makes it") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: not a plan: {error}; `coati-bench plan SUITE --write` makes it anew") from None
+
+
+def _plan_from_json(content: dict[str, Any]) -> Plan:
+    if content["schema"] != PLAN_SCHEMA:
+        raise ValueError(f"schema {content['schema']!r}, expected {PLAN_SCHEMA!r}")
+    blocks = [{**block, **{key: tuple(block[key]) for key in ("cells", "after", "saves", "data")}} for block in content["blocks"]]
+    return Plan(
+        suite=content["suite"], trials=content["trials"],
+        cells={cell_id: cell_from_json(cell) for cell_id, cell in content["cells"].items()},
+        blocks=tuple(Block(**block) for block in blocks),
+        warm=tuple(Warm(**{**warm, "cell": cell_from_json(warm["cell"]) if warm["cell"] else None}) for warm in content["warm"]),
+        skipped=tuple(Skipped(cell=cell_from_json(item["cell"]), reason=item["reason"]) for item in content["skipped"]),
+        data=tuple(content["data"]), limits=Limits(**content["limits"]),
+    )  # fmt: skip

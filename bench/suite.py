@@ -176,21 +176,23 @@ def load_yaml(path: Path) -> Any:
     try:
         content = yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
     except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        text = " ".join(str(error).split()).replace("found unconstructable recursive node", "an alias contains itself")
+        raise UserError(f"{path}: not YAML that a suite can be: {text}") from None
     except RecursionError:
         raise UserError(f"{path}: nested too deeply to be a suite") from None
-    if _is_recursive(content, ()):
-        raise UserError(f"{path}: an alias contains itself; a suite is a finite tree")
+    if _written_out(content, {}) > LARGEST_SUITE_BYTES:
+        raise UserError(f"{path}: its aliases stand for more than {LARGEST_SUITE_BYTES} values; a suite is a small tree")
     return content
 
 
-def _is_recursive(content: Any, above: tuple[int, ...]) -> bool:
+def _written_out(content: Any, known: dict[int, int]) -> int:
+    """Number of values in `content` if every alias were written out (few lines of aliases can mean billions of values)."""
     if not isinstance(content, (dict, list)):
-        return False
-    if id(content) in above or len(above) > 50:
-        return True
-    children = content.values() if isinstance(content, dict) else content
-    return any(_is_recursive(child, (*above, id(content))) for child in children)
+        return 1
+    if id(content) not in known:
+        children = content.values() if isinstance(content, dict) else content
+        known[id(content)] = 1 + sum(_written_out(child, known) for child in children)
+    return known[id(content)]
 
 
 def _short(value: Any) -> Any:
@@ -329,3 +331,16 @@ def _data_mistakes(path: str, settings: dict[str, Any], known: Known, folder: Pa
 def base_setting_names() -> frozenset[str]:
     """Names of the settings that every stage has."""
     return frozenset(field.name for field in dataclasses.fields(Settings))
+
+
+def suite_schema() -> dict[str, Any]:
+    """JSON Schema of a suite file, the settings of every stage included."""
+    schema = _adapter.json_schema()
+    for stage, kind in SETTINGS.items():
+        settings = TypeAdapter(kind).json_schema(ref_template="#/$defs/{model}")
+        definitions = schema.setdefault("$defs", {})
+        definitions.update(settings.pop("$defs", {}))
+        definitions[kind.__name__] = {**settings, "required": []}
+        schema["properties"]["stages"].setdefault("properties", {})[stage] = {"$ref": f"#/$defs/{kind.__name__}"}
+    schema["properties"]["stages"]["additionalProperties"] = False
+    return schema

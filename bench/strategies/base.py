@@ -62,6 +62,8 @@ class Strategy(ABC):
     description: ClassVar[str] = ""
     """One line for people."""
     uses_colossalai: ClassVar[bool] = False
+    sharded: ClassVar[frozenset[str]] = frozenset()
+    """What lies in equal shares over the data-parallel ranks: parameters, gradients, optimizer."""
 
     def unsupported(self, cell: Cell) -> str | None:
         """Why `cell` can never run under this strategy, or None. Subclasses add to it."""

@@ -1,0 +1,213 @@
+"""The command line: one thin function a verb; the work is elsewhere.
+
+Exit codes: 0 fine, 1 a regression found by `compare`, 2 the user's mistake, 3 the machine cannot, 130 interrupted.
+Every import of substance stands inside its verb: `--help` and `plan` answer at once and never load torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+
+from bench import __version__
+from bench.data.commands import app as data_app
+from bench.errors import BenchError
+
+app = typer.Typer(
+    name="coati-bench",
+    help="Which way of training a chat model fits and is fastest on my cluster, and can I believe the answer?\n\n"
+    "Start with `coati-bench run config/quickstart.yaml`: minutes on a CPU, ends with a report.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.add_typer(data_app, name="data")
+checkpoint_app = typer.Typer(help="Look into the weights that stages hand on.", no_args_is_help=True)
+app.add_typer(checkpoint_app, name="checkpoint")
+schema_app = typer.Typer(help="JSON Schema of the project's files.", no_args_is_help=True)
+app.add_typer(schema_app, name="schema")
+
+SuitePath = Annotated[Path, typer.Argument(metavar="SUITE", help="A suite file, for example config/quickstart.yaml.")]
+Results = Annotated[Path, typer.Option("--results", help="Folder that holds a folder for each suite.")]
+Format = Annotated[str, typer.Option("--format", help="text or json.")]
+
+
+@app.command()
+def run(
+    suite: SuitePath,
+    profile: Annotated[str, typer.Option(help="Where to run: a folder of profiles/.")] = "local",
+    results: Results = Path("results"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
+) -> None:
+    """Run a suite whole: data, warm starts, every cell, report. Repeat it to resume; what is finished is not repeated."""
+    from bench.launch.workflow import run_suite
+
+    raise typer.Exit(run_suite(suite, profile=profile, results=results, dry_run=dry_run))
+
+
+@app.command()
+def plan(
+    suite: SuitePath,
+    format: Format = "text",
+    commands: Annotated[bool, typer.Option("--commands", help="Print the lines to paste on each node.")] = False,
+    write: Annotated[bool, typer.Option("--write", help="Write results/<suite>/plan.json for Snakemake.")] = False,
+    results: Results = Path("results"),
+) -> None:
+    """Show what a suite means: cells, blocks, what each needs, and what is skipped and why."""
+    from bench.layout import Layout
+    from bench.matrix import make_plan, plan_to_json, save_plan
+    from bench.plan_text import command_text, plan_text
+
+    made = make_plan(suite)
+    if write:
+        save_plan(made, Layout(results / made.suite).plan)
+    if _format(format) == "json":
+        typer.echo(json.dumps(plan_to_json(made), indent=1))
+    else:
+        typer.echo(command_text(made, results) if commands else plan_text(made))
+
+
+@app.command()
+def report(
+    records: Annotated[Path, typer.Argument(help="Folder with records, for example results/quickstart/records.")],
+    output: Annotated[Path, typer.Option(help="Folder for report.html, report.md, results.parquet and results.csv.")],
+) -> None:
+    """Make the report from records. The same records give the same bytes."""
+    from bench.report.commands import report as make
+
+    make(records, output)
+
+
+@app.command()
+def block(target: Annotated[Path, typer.Argument(help="The file to make: results/SUITE/blocks/BLOCK.json.")]) -> None:
+    """Run one block of a plan: one repetition of a comparison set. (Snakemake calls this.)"""
+    from bench.launch.block import run_block
+
+    raise typer.Exit(run_block(target))
+
+
+@app.command()
+def warm(target: Annotated[Path, typer.Argument(help="The file to make: results/SUITE/warm/KEY/done.json.")]) -> None:
+    """Make one warm start of a plan: a tokenizer, or the weights that cells begin from. (Snakemake calls this.)"""
+    from bench.launch.block import run_warm
+
+    raise typer.Exit(run_warm(target))
+
+
+@app.command()
+def cell(target: Annotated[Path, typer.Argument(help="The file to make: results/SUITE/cells/CELL.json.")]) -> None:
+    """Write one cell of a plan as a file. (Snakemake calls this.)"""
+    from bench.cell import cell_to_json
+    from bench.errors import UserError
+    from bench.layout import Layout
+    from bench.matrix import load_plan
+    from bench.record import write_json
+
+    found = load_plan(Layout(target.parent.parent).plan).cells.get(target.stem)
+    if found is None:
+        raise UserError(f"{target}: the plan has no such cell; see `coati-bench plan SUITE`")
+    write_json(cell_to_json(found), target)
+
+
+@app.command()
+def trial(
+    trial_file: Annotated[Path, typer.Argument(metavar="TRIAL.json", help="A trial file, for example results/SUITE/logs/CELL/0/trial.json.")],
+    record: Annotated[Path, typer.Option(help="Where the record goes.")],
+) -> None:
+    """Run one trial by hand, supervised, and leave its record."""
+    from bench.launch.block import run_single
+
+    raise typer.Exit(run_single(trial_file, record))
+
+
+@app.command()
+def retry(
+    suite: SuitePath,
+    outcome: Annotated[str, typer.Option(help="Outcomes to repeat, with commas between: error,timeout.")] = "error,timeout",
+    results: Results = Path("results"),
+) -> None:
+    """Set records with these outcomes aside, so that the next run repeats their trials."""
+    from bench.launch.retry import set_aside
+
+    count = set_aside(suite, set(outcome.split(",")), results)
+    typer.echo(f"{count} records set aside; `coati-bench run {suite}` repeats their trials" if count else "no record has such an outcome")
+
+
+@app.command()
+def doctor(format: Format = "text") -> None:
+    """Say what this machine has, what it can run, and what is missing."""
+    from bench.doctor import run_doctor
+
+    raise typer.Exit(run_doctor(format=_format(format)))
+
+
+@checkpoint_app.command("inspect")
+def checkpoint_inspect(path: Annotated[Path, typer.Argument(help="A checkpoint folder or a .safetensors file.")]) -> None:
+    """Show the keys, shapes and types of a checkpoint and where it comes from."""
+    from bench.checkpoint import inspect_checkpoint
+
+    typer.echo(json.dumps(inspect_checkpoint(path), indent=1))
+
+
+@schema_app.command("suite")
+def schema_suite() -> None:
+    """Print the JSON Schema of a suite file."""
+    from bench.suite import suite_schema
+
+    typer.echo(json.dumps(suite_schema(), indent=1))
+
+
+@schema_app.command("record")
+def schema_record() -> None:
+    """Print the JSON Schema of a record."""
+    from bench.record import record_schema
+
+    typer.echo(json.dumps(record_schema(), indent=1))
+
+
+@app.callback(invoke_without_command=True)
+def top(version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False) -> None:
+    if version:
+        typer.echo(f"coati-bench {__version__}")
+        raise typer.Exit
+
+
+def _format(name: str) -> str:
+    if name not in ("text", "json"):
+        raise click.UsageError(f"--format is text or json; seen: {name!r}")
+    return name
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with the code of the house (see the module's first lines)."""
+    sys.exit(_exit_code(arguments))
+
+
+def _exit_code(arguments: list[str] | None) -> int:
+    try:
+        result: Any = app(arguments, standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except BenchError as error:
+        print(f"coati-bench: {error}", file=sys.stderr)
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        print("coati-bench: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        print(f"coati-bench: {error.filename or ''}: {error.strerror}; nothing was left half-written", file=sys.stderr)
+        return 3

@@ -1,0 +1,79 @@
+"""A record is written once, whole, and never holds what JSON cannot say."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from bench.cell import cell_from_json, cell_to_json, fingerprint
+from bench.errors import RecordError
+from bench.record import Lap, Part, Record, load_part, load_record, record_schema, save_part, save_record, write_json
+
+CELL = cell_from_json({"stage": "sft", "model": "bloom-tiny", "strategy": "naive", "steps": 2})
+LAP = Lap(first_step=0, steps=2, seconds=0.5, counts={"loss_tokens": 10})
+PART = Part(
+    rank=0, local_rank=0, node=0, world_size=1, hostname="h", pid=1, outcome="ok", phase="done", step=2, laps=[LAP], series={"loss": [2.0, 1.5]}
+)
+
+
+def record(**changes: object) -> Record:
+    content = {
+        "cell": cell_to_json(CELL), "cell_id": CELL.cell_id, "fingerprint": fingerprint(CELL, {}, {}), "trial": 0, "seed": 42,
+        "launcher": "fork", "emulated": False, "simulated_nodes": False, "outcome": "ok", "parts": [PART],
+    }  # fmt: skip
+    return Record(**{**content, **changes})
+
+
+def test_a_record_survives_the_round_trip_and_fits_its_own_schema(tmp_path: Path) -> None:
+    save_record(record(), tmp_path / "0.json")
+    assert load_record(tmp_path / "0.json") == record()
+    jsonschema.validate(json.loads((tmp_path / "0.json").read_text(encoding="utf-8")), record_schema())
+
+
+def test_a_record_is_never_rewritten(tmp_path: Path) -> None:
+    save_record(record(), tmp_path / "0.json")
+    with pytest.raises(RecordError, match="never rewritten"):
+        save_record(record(outcome="error"), tmp_path / "0.json")
+    assert load_record(tmp_path / "0.json").outcome == "ok"
+
+
+def test_the_parsed_cell_is_the_cell() -> None:
+    assert record().parsed_cell == CELL
+    assert record().lead == PART
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [({"outcome": "crashed"}, "outcome"), ({"schema": "coati-bench/record/9"}, "schema"), ({"fingerprint": "x"}, "fingerprint"), ({"extra": 1}, "extra")],
+)
+def test_what_is_no_record_is_refused_with_the_place(tmp_path: Path, change: dict[str, object], where: str) -> None:
+    save_record(record(), tmp_path / "0.json")
+    content = json.loads((tmp_path / "0.json").read_text(encoding="utf-8"))
+    write_json({**content, **change}, tmp_path / "bad.json")
+    with pytest.raises(RecordError, match=f"not a record; at {where}"):
+        load_record(tmp_path / "bad.json")
+
+
+def test_a_truncated_record_and_a_missing_one_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "0.json").write_text('{"schema": "coati', encoding="utf-8")
+    with pytest.raises(RecordError, match="not a record"):
+        load_record(tmp_path / "0.json")
+    with pytest.raises(RecordError, match="cannot be read"):
+        load_record(tmp_path / "1.json")
+
+
+def test_nan_never_enters_a_file_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json({"loss": float("nan")}, tmp_path / "0.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_later_part_of_a_rank_replaces_the_earlier_one(tmp_path: Path) -> None:
+    save_part(PART, tmp_path / "part0.json")
+    later = dataclasses.replace(PART, step=3)
+    save_part(later, tmp_path / "part0.json")
+    assert load_part(tmp_path / "part0.json").step == 3
