@@ -140,7 +140,19 @@ _LISTED = (
     _llama_like("llama-7b", "llama", 4096, 32, 32, 11008, max_position_embeddings=2048, hub_id="huggyllama/llama-7b", source=_LLAMA_PAPER),
     _llama_like("llama3-tiny", "llama", 64, 2, 4, 176, num_key_value_heads=2, rope_theta=500000.0, **_TINY_NUMBERS),
     _llama_like("mistral-tiny", "mistral", 64, 2, 4, 176, num_key_value_heads=2, sliding_window=None, **_TINY_NUMBERS),
-    _llama_like("qwen2-tiny", "qwen2", 64, 2, 4, 176, num_key_value_heads=2, rope_theta=1e6, tie_word_embeddings=True, **_TINY_NUMBERS),
+    _llama_like(
+        "qwen2-tiny",
+        "qwen2",
+        64,
+        2,
+        4,
+        176,
+        num_key_value_heads=2,
+        rope_theta=1e6,
+        sliding_window=None,
+        tie_word_embeddings=True,
+        **_TINY_NUMBERS,
+    ),
 )
 
 PRESETS: dict[str, Preset] = {preset.name: preset for preset in _LISTED}
@@ -215,5 +227,6 @@ def _count_qwen2(config: dict[str, Any]) -> int:
 
 
 _COUNTS: dict[str, Callable[[dict[str, Any]], int | None]] = {
-    "bloom": _count_bloom, "gpt2": _count_gpt2, "opt": _count_opt, "llama": _count_llama_like, "mistral": _count_llama_like, "qwen2": _count_qwen2,
+    "bloom": _count_bloom, "gpt2": _count_gpt2, "opt": _count_opt,
+    "llama": _count_llama_like, "mistral": _count_llama_like, "qwen2": _count_qwen2,
 }  # fmt: skip

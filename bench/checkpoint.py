@@ -1,0 +1,436 @@
+"""One weight format between the stages: a folder that transformers and peft can read as well.
+
+    model.safetensors   merged full weights under the names of transformers' causal language model; a tied head is not
+                        stored; a scorer has `value_head.weight` and no language-model head
+    config.json, tokenizer files
+    checkpoint.json     what it is: stage, kind, tied names, sha256 of what it started from, LoRA facts, its own sha256
+    adapter/            the LoRA layers as a peft folder, if there were any; they fit the weights that training started from
+
+The facts of checkpoint.json are in the metadata of model.safetensors as well. Importing this module and hashing need no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import struct
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from bench.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+SCHEMA = "coati-bench/checkpoint/1"
+WEIGHTS = "model.safetensors"
+FACTS = "checkpoint.json"
+HEAD = "value_head.weight"
+LM_HEAD = "lm_head.weight"
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+)
+_NOT_HASHED_IN_CONFIG = ("_name_or_path", "transformers_version", "torch_dtype")
+
+
+# ---------------------------------------------------------------------------------------------------------------- hashes
+
+
+class _Stored(NamedTuple):
+    """Where one tensor of a safetensors file lies."""
+
+    file: Path
+    dtype: str
+    shape: list[int]
+    begin: int
+    end: int
+
+
+def checkpoint_sha256(folder: Path) -> str:
+    """Hash of what a model folder holds: tensors (names, types, shapes, bytes), architecture and tokenizer; torch-free.
+
+    How tensors are split over files, file times, metadata and checkpoint.json do not count, so equal weights have equal hashes.
+    A folder with a tokenizer alone has one too. Raises CheckpointError if there is nothing to hash.
+    """
+    folder = Path(folder)
+    digest, seen = hashlib.sha256(), False
+    tensors = _stored_tensors(sorted(folder.glob("*.safetensors")))
+    for name in sorted(tensors):
+        _hash_stored(digest, name, tensors[name])
+        seen = True
+    for path in [*sorted(folder.glob("*.bin")), *(folder / name for name in _TOKENIZER_FILES)]:
+        if path.is_file():
+            digest.update(f"\nfile {path.name}\n".encode())
+            for piece in _pieces(path, 0, path.stat().st_size):
+                digest.update(piece)
+            seen = True
+    if (folder / "config.json").is_file():
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kept = {key: value for key, value in config.items() if key not in _NOT_HASHED_IN_CONFIG}
+        digest.update(b"\nconfig " + json.dumps(kept, sort_keys=True).encode())
+    if not seen:
+        raise CheckpointError(
+            f"{folder}: no checkpoint or tokenizer; seen: {_listing(folder)}; model.safetensors or tokenizer.json would be right"
+        )
+    return digest.hexdigest()
+
+
+def tensor_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Hash of named tensors: names, types, shapes and bytes, in the order of the names."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+        plain = tensor.detach().cpu().contiguous()
+        digest.update(f"\n{name} {plain.dtype} {list(plain.shape)}\n".encode())
+        digest.update(memoryview(plain.reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def _hash_stored(digest: Any, name: str, tensor: _Stored) -> None:
+    digest.update(f"\n{name} {tensor.dtype} {tensor.shape}\n".encode())
+    for piece in _pieces(tensor.file, tensor.begin, tensor.end):
+        digest.update(piece)
+
+
+def _pieces(path: Path, begin: int, end: int, size: int = 1 << 24) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        file.seek(begin)
+        while begin < end:
+            piece = file.read(min(size, end - begin))
+            if not piece:
+                raise CheckpointError(f"{path}: cut off; seen: {begin} bytes; {end} or more would be right")
+            begin += len(piece)
+            yield piece
+
+
+def _stored_tensors(files: list[Path]) -> dict[str, _Stored]:
+    tensors: dict[str, _Stored] = {}
+    for path in files:
+        header, start = _header(path)
+        for name, item in header.items():
+            if name != "__metadata__":
+                begin, end = item["data_offsets"]
+                tensors[name] = _Stored(path, item["dtype"], item["shape"], start + begin, start + end)
+    return tensors
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """Header of a safetensors file and where its data begin (format: 8 bytes length, JSON, data)."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > path.stat().st_size:
+                raise ValueError("its header is longer than the file")
+            return json.loads(file.read(length)), 8 + length
+    except (OSError, ValueError, struct.error) as error:
+        raise CheckpointError(f"{path}: no safetensors file; {error}; a complete one would be right") from None
+
+
+def _listing(folder: Path) -> str:
+    return ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "an empty folder" if folder.is_dir() else "no folder"
+
+
+# ------------------------------------------------------------------------------------------------------------------ save
+
+
+def save_checkpoint(
+    folder: Path,
+    *,
+    state: dict[str, torch.Tensor],
+    config: PretrainedConfig,
+    stage: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    started_from: dict[str, str],
+    lora: dict[str, Any],
+) -> str:
+    """Write `state` (of a language model or a Scorer, LoRA layers included) as a checkpoint; return its sha256.
+
+    `lora` is what `add_lora` returned, {} without adapters. LoRA layers are merged in fp32 and merged tensors stay fp32: in
+    bf16 a small change would be rounded away. Other tensors keep their type. An older checkpoint in `folder` is replaced, at once,
+    when the new one is complete. Raises CheckpointError if `state` is not a whole model of this architecture.
+    """
+    folder = Path(folder)
+    weights, adapters = _split_lora(_canonical(state, config))
+    merged = _merge(weights, adapters, lora)
+    kind = "scorer" if HEAD in merged else "language-model"
+    config, tied = _drop_tied(merged, config, {f"{name}.weight" for name in adapters})
+    _check_whole(merged, config, tied, kind)
+    facts = {"schema": SCHEMA, "stage": stage, "kind": kind, "tied": tied, "started_from": started_from, "lora": lora or None}
+    with _written_at_once(folder) as draft:
+        _write_weights(draft, merged, facts, config)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(draft)
+        if adapters:
+            _write_adapter(draft / "adapter", adapters, lora)
+        sha256 = checkpoint_sha256(draft)
+        _write_json(draft / FACTS, {**facts, "sha256": sha256, "parameters": sum(tensor.numel() for tensor in merged.values())})
+    return sha256
+
+
+def _canonical(state: dict[str, torch.Tensor], config: PretrainedConfig) -> dict[str, torch.Tensor]:
+    """`state` under the names of transformers' causal language model; a Scorer's backbone gets that model's prefix."""
+    if HEAD not in state:
+        return dict(state)
+    prefix = _causal_class(config).base_model_prefix
+    return {key if key == HEAD else f"{prefix}.{key.removeprefix('model.')}": value for key, value in state.items()}
+
+
+def _split_lora(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, torch.Tensor]]]:
+    """Weights under the names of the bare model, and the LoRA layers: module name -> {lora_A, lora_B}."""
+    weights: dict[str, torch.Tensor] = {}
+    adapters: dict[str, dict[str, torch.Tensor]] = {}
+    for key, value in state.items():
+        module, mark, rest = key.partition(".lora_")
+        if mark:
+            adapters.setdefault(module, {})[f"lora_{rest[0]}"] = value
+        else:
+            weights[key.replace(".base_layer.", ".")] = value
+    return weights, adapters
+
+
+def _merge(weights: dict[str, torch.Tensor], adapters: dict[str, dict[str, torch.Tensor]], lora: dict[str, Any]) -> dict[str, torch.Tensor]:
+    if adapters and not lora:
+        raise CheckpointError("the state has LoRA layers, but no LoRA facts were given; those that add_lora returned would be right")
+    merged = dict(weights)
+    for module, layers in adapters.items():
+        change = layers["lora_B"].float() @ layers["lora_A"].float() * lora["scaling"]
+        merged[f"{module}.weight"] = weights[f"{module}.weight"].float() + (change.T if lora["fan_in_fan_out"] else change)
+    return merged
+
+
+def _drop_tied(state: dict[str, torch.Tensor], config: PretrainedConfig, adapted: set[str]) -> tuple[PretrainedConfig, dict[str, str]]:
+    """Remove the tied head from `state`; return the configuration to store and {head: embedding}.
+
+    A head with its own adapter is no longer the embedding: it is stored, and the configuration says that it is not tied.
+    """
+    config = type(config).from_dict(config.to_dict())
+    if not config.tie_word_embeddings:
+        return config, {}
+    model = _meta_model(config)
+    embedding = next(name for name, child in model.named_modules() if child is model.get_input_embeddings()) + ".weight"
+    if LM_HEAD in adapted or embedding in adapted:
+        config.tie_word_embeddings = False
+        return config, {}
+    state.pop(LM_HEAD, None)
+    return config, {LM_HEAD: embedding}
+
+
+def _check_whole(state: dict[str, torch.Tensor], config: PretrainedConfig, tied: dict[str, str], kind: str) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in _meta_model(config).state_dict().items() if name not in tied}
+    if kind == "scorer":
+        shapes = {**{name: shape for name, shape in shapes.items() if name != LM_HEAD}, HEAD: (1, config.hidden_size)}
+    _check_names("the state to save", {name: tuple(tensor.shape) for name, tensor in state.items()}, shapes)
+
+
+def _meta_model(config: PretrainedConfig) -> nn.Module:
+    """The causal language model of `config` without storage."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def _causal_class(config: PretrainedConfig) -> Any:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+
+def _write_weights(folder: Path, state: dict[str, torch.Tensor], facts: dict[str, Any], config: PretrainedConfig) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", "coati-bench": json.dumps(facts, sort_keys=True)})
+    config.architectures = [_causal_class(config).__name__]
+    config.save_pretrained(folder)
+
+
+def _write_adapter(folder: Path, adapters: dict[str, dict[str, torch.Tensor]], lora: dict[str, Any]) -> None:
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    tensors = {
+        f"base_model.model.{module}.{layer}.weight": tensor.detach().cpu().contiguous()
+        for module, layers in adapters.items()
+        for layer, tensor in layers.items()
+    }
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = LoraConfig(
+        r=lora["rank"], lora_alpha=lora["alpha"], target_modules=list(adapters), lora_dropout=0.0, bias="none", task_type="CAUSAL_LM",
+        fan_in_fan_out=lora["fan_in_fan_out"], inference_mode=True,
+    ).to_dict()  # fmt: skip
+    _write_json(
+        folder / "adapter_config.json", {key: sorted(value) if isinstance(value, (set, list)) else value for key, value in config.items()}
+    )
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _written_at_once(folder: Path) -> Iterator[Path]:
+    """A draft folder that becomes `folder` at the end; nothing is left of it after an error."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        yield draft
+        draft.chmod(0o755)
+        if folder.exists():
+            old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.old."))
+            folder.replace(old / "old")
+            draft.replace(folder)
+            shutil.rmtree(old)
+        else:
+            draft.replace(folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+# ------------------------------------------------------------------------------------------------------------------ load
+
+
+def load_checkpoint(module: nn.Module, folder: Path, *, part: Literal["all", "backbone"]) -> dict[str, Any]:
+    """Copy the weights of a checkpoint into `module` (a language model or a Scorer, adapters or not); return its facts.
+
+    `all` fills every weight but the adapters, heads included; `backbone` leaves heads as they are and ignores those stored, so it
+    also reads a language model into a Scorer. Strict: raises CheckpointError with the missing, unexpected and mismatched names.
+    """
+    import torch
+    from safetensors import safe_open
+
+    folder = Path(folder)
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder}: no weights; seen: {_listing(folder)}; a folder with {WEIGHTS} would be right")
+    stored = _stored_tensors(files)
+    targets = _targets(module)
+    if part == "backbone":
+        stored = {name: item for name, item in stored.items() if name not in (HEAD, LM_HEAD)}
+        targets = {name: tensor for name, tensor in targets.items() if name not in (HEAD, LM_HEAD)}
+    _check_names(
+        str(folder),
+        {name: tuple(item.shape) for name, item in stored.items()},
+        {name: tuple(tensor.shape) for name, tensor in targets.items()},
+    )
+    with torch.no_grad():
+        for path in files:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118  not a dict
+                    if name in targets:
+                        targets[name].copy_(file.get_tensor(name))
+    return read_facts(folder)
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What checkpoint.json says, {} for a folder that another program wrote; torch-free."""
+    path = Path(folder) / FACTS
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _targets(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of `module` that a checkpoint fills, by stored name; adapters and tied heads are none."""
+    state = _canonical(dict(module.state_dict()), module.config)
+    weights, _ = _split_lora(state)
+    if module.config.tie_word_embeddings:
+        weights.pop(LM_HEAD, None)
+    return weights
+
+
+def _check_names(source: str, seen: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> None:
+    missing, unexpected = sorted(wanted.keys() - seen.keys()), sorted(seen.keys() - wanted.keys())
+    mismatched = [
+        f"{name} {list(seen[name])} for {list(wanted[name])}" for name in sorted(wanted.keys() & seen.keys()) if seen[name] != wanted[name]
+    ]
+    if not (missing or unexpected or mismatched):
+        return
+    matched = len(wanted.keys() & seen.keys()) - len(mismatched)
+    parts = [("missing", missing), ("unexpected", unexpected), ("of another shape", mismatched)]
+    told = "; ".join(f"{len(names)} {what}: {_some(names)}" for what, names in parts if names)
+    hint = " (a language model has no value head: a fresh head would be right)" if missing == [HEAD] else ""
+    raise CheckpointError(
+        f"{source}: not the weights of this model; {matched} of {len(wanted)} tensors match; {told}; "
+        f"a checkpoint of the same model would be right{hint}"
+    )
+
+
+def _some(names: list[str], limit: int = 4) -> str:
+    return ", ".join(names[:limit]) + (f", ... ({len(names) - limit} more)" if len(names) > limit else "")
+
+
+# --------------------------------------------------------------------------------------------------------------- inspect
+
+
+def inspect_checkpoint(path: Path) -> dict[str, Any]:
+    """What a checkpoint folder, a safetensors file or a pickled state dict holds, for people and for `checkpoint inspect`.
+
+    Keys: format, tensors, parameters, dtypes, names (name -> shape), value_head, lora (names), facts, sha256 (folders).
+    A pickle is read with torch's `weights_only`, which runs no code of it. Raises CheckpointError.
+    """
+    path = Path(path)
+    if path.is_dir() or path.suffix == ".safetensors":
+        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        if not files:
+            raise CheckpointError(f"{path}: no safetensors; seen: {_listing(path)}; a folder with {WEIGHTS} would be right")
+        shapes = {name: (item.dtype, item.shape) for name, item in _stored_tensors(files).items()}
+        metadata = {key: value for file in files for key, value in _header(file)[0].get("__metadata__", {}).items()}
+        facts = json.loads(metadata["coati-bench"]) if "coati-bench" in metadata else {}
+        described = _describe("safetensors", shapes)
+        return {**described, "facts": facts, "sha256": checkpoint_sha256(path) if path.is_dir() else None}
+    state = load_state_dict_file(path)
+    return {
+        **_describe("pickle", {name: (str(tensor.dtype), list(tensor.shape)) for name, tensor in state.items()}),
+        "facts": {},
+        "sha256": None,
+    }
+
+
+def _describe(form: str, tensors: dict[str, tuple[str, list[int]]]) -> dict[str, Any]:
+    sizes = [_product(shape) for _, shape in tensors.values()]
+    return {
+        "format": form, "tensors": len(tensors), "parameters": sum(sizes), "dtypes": sorted({dtype for dtype, _ in tensors.values()}),
+        "names": {name: list(shape) for name, (_, shape) in tensors.items()},
+        "value_head": any(name.startswith("value_head.") for name in tensors), "lora": [name for name in tensors if "lora_" in name],
+    }  # fmt: skip
+
+
+def _product(shape: list[int]) -> int:
+    size = 1
+    for side in shape:
+        size *= side
+    return size
+
+
+def load_state_dict_file(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file that `torch.save` wrote. Raises CheckpointError if it is none or holds more than tensors."""
+    import pickle
+
+    import torch
+
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; a state dict (.pt) or a checkpoint folder would be right") from None
+    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: no state dict; {(str(error).splitlines() or ['empty'])[0]}; a file of torch.save would be right"
+        ) from None
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise CheckpointError(f"{path}: no state dict; seen: {type(content).__name__}; a dict of names and tensors would be right")
+    return content
