@@ -128,6 +128,8 @@ class PpoSettings(Settings):
     """Proximal policy optimisation. `global_batch` is the sequences of one learn step."""
 
     data: Name = "synthetic-prompts"
+    lap_steps: Count = 1
+    """Iterations between two readings of the clock."""
     iterations: Count = 4
     """Iterations: one rollout and its learning."""
     prompts_per_iteration: Count = 32
@@ -276,6 +278,9 @@ def digest(content: Any) -> str:
 def fingerprint(cell: Cell, data_sha256: dict[str, str], start_sha256: dict[str, str]) -> str:
     """Identity of what a trial computes: cell, settings, data, starting weights, schema major; no path, host or comment.
 
-    `data_sha256` maps data names, `start_sha256` roles (`tokenizer`, `policy`, `reward`) to hashes.
+    `data_sha256` maps data names, `start_sha256` roles (`tokenizer`, `policy`, `reward`) to hashes. Data counts by content:
+    the same rows under another name or path are the same data.
     """
-    return digest({"schema": SCHEMA_MAJOR, "cell": identity(cell), "data": data_sha256, "starts": start_sha256})
+    by_content = {"data": data_sha256.get(cell.settings.data), "ptx": data_sha256.get(getattr(cell.settings, "ptx", "none"))}
+    named = {key: value for key, value in identity(cell).items() if key not in ("data", "ptx", "tokenizer_data")}
+    return digest({"schema": SCHEMA_MAJOR, "cell": named, "data": by_content, "starts": start_sha256})

@@ -92,7 +92,7 @@ _adapter = TypeAdapter(Suite)
 
 def read_suite(path: Path, known: Known) -> Suite:
     """Return the suite in `path`. Raises SuiteError with every mistake, or UserError if the file cannot be read."""
-    return check_suite(load_yaml(path), str(path), known, folder=path.parent)
+    return check_suite(_with_absolute_files(load_yaml(path), path.parent.absolute()), str(path), known, folder=path.parent)
 
 
 def check_suite(content: Any, source: str, known: Known, folder: Path) -> Suite:
@@ -193,6 +193,17 @@ def _written_out(content: Any, known: dict[int, int]) -> int:
         children = content.values() if isinstance(content, dict) else content
         known[id(content)] = 1 + sum(_written_out(child, known) for child in children)
     return known[id(content)]
+
+
+def _with_absolute_files(content: Any, folder: Path) -> Any:
+    """`content` with every `file:PATH` made absolute: a relative one is meant from the suite's own folder."""
+    if isinstance(content, dict):
+        return {key: _with_absolute_files(value, folder) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_with_absolute_files(value, folder) for value in content]
+    if isinstance(content, str) and content.startswith("file:") and len(content) > len("file:"):
+        return f"file:{folder / Path(content.removeprefix('file:')).expanduser()}"
+    return content
 
 
 def _short(value: Any) -> Any:

@@ -53,10 +53,16 @@ def test_any_changed_field_changes_id_and_fingerprint(change: dict[str, object])
     assert fingerprint(one, {}, {}) != fingerprint(other, {}, {})
 
 
-def test_data_and_starting_weights_are_part_of_the_fingerprint() -> None:
-    cell = cell_from_json(SFT)
-    prints = {fingerprint(cell, {}, {}), fingerprint(cell, {"x": SHA}, {}), fingerprint(cell, {}, {"x": SHA}), fingerprint(cell, {"y": SHA}, {})}
-    assert len(prints) == 4
+def test_the_content_of_data_and_starting_weights_is_part_of_the_fingerprint() -> None:
+    cell, other = cell_from_json(SFT), "1" * 64
+    data = cell.settings.data
+    prints = {fingerprint(cell, {data: SHA}, {}), fingerprint(cell, {data: other}, {}), fingerprint(cell, {data: SHA}, {"policy": SHA})}
+    assert len(prints) == 3
+
+
+def test_the_same_rows_under_another_path_have_the_same_fingerprint() -> None:
+    here, there = (cell_from_json({**SFT, "data": f"file:/{folder}/rows.json"}) for folder in ("here", "there"))
+    assert fingerprint(here, {here.settings.data: SHA}, {}) == fingerprint(there, {there.settings.data: SHA}, {})
 
 
 def test_defaults_stay_as_they_are_within_one_schema_major() -> None:
