@@ -1,0 +1,57 @@
+"""ddp: torch's DistributedDataParallel, a whole model on every rank, gradients averaged while the backward pass runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from bench.cell import Cell
+from bench.strategies.base import Engine, Strategy
+from bench.strategies.precision import optimizer_problem, place
+from bench.strategies.replicated import ReplicatedEngine
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+class DdpEngine(ReplicatedEngine):
+    """A replicated model inside DistributedDataParallel."""
+
+    def __init__(self, module: nn.Module, cell: Cell, device: torch.device, *, learning_rate: float) -> None:
+        import torch.distributed as dist
+        from torch.nn.parallel import DistributedDataParallel
+
+        super().__init__(module, cell, learning_rate=learning_rate)
+        devices = [device] if device.type == "cuda" else None
+        self._ddp = DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+        # As inside `no_sync()`, for every forward pass: whether a micro-step is the last is known only at its backward pass.
+        self._ddp.require_backward_grad_sync = False
+        self.module = self._ddp
+        self._ranks = dist.get_world_size()
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """See `Engine.backward`. Only the last micro-step synchronises; DDP averages, so the loss is multiplied by the ranks."""
+        if last:
+            # What DDP's forward does outside `no_sync()`: arm the hooks that reduce each bucket as it fills.
+            self._ddp.reducer.prepare_for_forward()
+            self._ddp.reducer.prepare_for_backward([])
+        super().backward(loss * self._ranks, last=last)
+
+
+class Ddp(Strategy):
+    """DistributedDataParallel."""
+
+    name = "ddp"
+    precisions = frozenset({"fp32", "bf16-pure", "bf16-master", "bf16-autocast", "fp16-master"})
+    description = "torch DistributedDataParallel: model and optimizer whole on every rank"
+
+    def unsupported(self, cell: Cell) -> str | None:
+        """See `Strategy.unsupported`."""
+        return super().unsupported(cell) or optimizer_problem(cell)
+
+    def start(self, cell: Cell, device: torch.device) -> None:
+        """Nothing to set up."""
+
+    def prepare(self, module: nn.Module, cell: Cell, device: torch.device, *, learning_rate: float) -> Engine:
+        """See `Strategy.prepare`."""
+        return DdpEngine(place(module, cell.settings.precision, device), cell, device, learning_rate=learning_rate)
