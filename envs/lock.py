@@ -6,13 +6,14 @@
 Locks are hashed requirement files for pip: no address of a registry stands in them, so the same lock serves the public
 registry, a mirror and a folder of wheels. There are two families, by torch: `cpu` and `cuda`.
 
-    cpu.lock             all but what only torch's CUDA build needs
-    cpu-cuda-build.lock  what that build needs besides; used where no CPU build of torch is to be had
-    cuda.lock            for machines with NVIDIA GPUs
+    cpu.lock             all but torch
+    cpu-torch-cpu.lock   torch's CPU build; from wherever pip is configured to find it
+    cpu-torch-cuda.lock  torch's CUDA build and what that needs besides; used where no CPU build is to be had
+    cuda.lock            all, for machines with NVIDIA GPUs
     sdist.lock           what exists as source only; built without isolation, after the others
 
-The hashes are those of every file that the registry has for a version. A CPU build of torch (`2.13.0+cpu`) that pip is
-configured to find is allowed too, and its hash is kept by later runs on machines that cannot see it.
+The hashes are those of every file that the registry has for a version; that of the CPU build is kept by later runs on
+machines where pip cannot find one.
 """
 
 from __future__ import annotations
@@ -35,16 +36,18 @@ ENVS = ROOT / "envs"
 TARGET = ["--python-version", "3.11", "--python-platform", "x86_64-manylinux_2_28"]
 CUDA_BUILD = re.compile(r"^(nvidia-|cuda-|triton$)")
 """Names of what torch's CUDA build requires and its CPU build does not."""
-CPU_HASH = re.compile(r"^# (torch==\S+\+cpu) (sha256:[0-9a-f]{64})$", re.MULTILINE)
 
 
 class Locked(NamedTuple):
-    """One requirement of a lock: its lines, and the names of those that ask for it (`pyproject.toml` for ours)."""
+    """One requirement of a lock."""
 
     name: str
     version: str
     hashes: tuple[str, ...]
     via: tuple[str, ...]
+    """Who asks for it; `coati-bench` is this project."""
+    size: int = 0
+    """Bytes of its file for the target platform."""
 
 
 def main() -> int:
@@ -65,70 +68,56 @@ def make_locks(facts: dict, extra: list[str]) -> dict[str, str]:
     """Return the text of every lock by file name."""
     locks: dict[str, str] = {}
     for family, torch in facts["families"].items():
-        locked, sizes = resolve(torch, facts["drop"], extra)
+        locked = resolve(torch, facts, extra)
         wheels = [item for item in locked if item.name not in facts["sdists"]]
-        sources = [item for item in locked if item.name in facts["sdists"]]
-        for item in wheels:
-            if not sizes[item.name].get("wheel"):
-                sys.exit(
-                    f"{item.name} {item.version} has no wheel for the target; add it to tool.coati-bench.lock.sdists in pyproject.toml"
-                )
-        if family == "cpu":
-            plain = reachable(locked)
-            also = cpu_build(torch)
-            locks["cpu.lock"] = write(f"cpu: torch {torch}", [item for item in wheels if item.name in plain], sizes, "wheel", also)
-            locks["cpu-cuda-build.lock"] = write(
-                f"cpu: what torch's CUDA build needs besides cpu.lock; torch {torch}",
-                [item for item in wheels if item.name not in plain],
-                sizes,
-                "wheel",
-            )
-        else:
-            locks[f"{family}.lock"] = write(f"{family}: torch {torch}", wheels, sizes, "wheel")
-        text = write("source only; every family", sources, sizes, "sdist")
-        if locks.setdefault("sdist.lock", text) != text:
-            sys.exit(f"the families want different sources: {locks['sdist.lock']}\n{text}")
+        locks |= cpu_locks(torch, wheels) if family == "cpu" else {f"{family}.lock": write(f"{family}: torch {torch}", wheels)}
+        sources = write("every family: what exists as source only", [item for item in locked if item.name in facts["sdists"]])
+        if locks.setdefault("sdist.lock", sources) != sources:
+            sys.exit(f"the families want different sources: {locks['sdist.lock']}\n{sources}")
     return locks
 
 
-def resolve(torch: str, drop: list[str], extra: list[str]) -> tuple[list[Locked], dict[str, dict[str, int]]]:
-    """Return what uv locks for this torch, and the bytes of each name's wheel and sdist for the target platform."""
+def cpu_locks(torch: str, wheels: list[Locked]) -> dict[str, str]:
+    """Return the locks of the family `cpu`."""
+    common = reachable(wheels) - {"torch"}
+    locks = {
+        "cpu.lock": write("cpu: all but torch", [item for item in wheels if item.name in common]),
+        "cpu-torch-cuda.lock": write(f"cpu: torch {torch}, CUDA build", [item for item in wheels if item.name not in common]),
+    }
+    build = cpu_build(torch)
+    return locks if build is None else {**locks, "cpu-torch-cpu.lock": write(f"cpu: torch {torch}, CPU build", [build])}
+
+
+def resolve(torch: str, facts: dict, extra: list[str]) -> list[Locked]:
+    """Return what uv locks for this torch. Exits where something has no file for the target."""
     with tempfile.TemporaryDirectory() as folder:
         overrides = Path(folder) / "overrides.txt"
-        overrides.write_text("\n".join([f"torch=={torch}", *(f"{name} ; sys_platform == 'never'" for name in drop)]) + "\n")
-        common = [
-            "pip",
-            "compile",
-            "pyproject.toml",
-            "--extra",
-            "dev",
-            "--override",
-            str(overrides),
-            "--no-header",
-            "--no-emit-index-url",
-            "-q",
-            *TARGET,
-            *extra,
-        ]
-        text = uv([*common, "--generate-hashes", "--annotation-style", "line", "-o", f"{folder}/lock.txt"], Path(folder) / "lock.txt")
-        pylock = tomllib.loads(uv([*common, "--format", "pylock.toml", "-o", f"{folder}/pylock.toml"], Path(folder) / "pylock.toml"))
-    sizes = {}
-    for package in pylock["packages"]:
-        wheels = [wheel for wheel in package.get("wheels", []) if fits(file_name(wheel["url"]))]
-        sizes[package["name"]] = {
-            "wheel": max((wheel.get("size", 0) for wheel in wheels), default=0),
-            "sdist": package.get("sdist", {}).get("size", 0),
-        }
-    return parse(text), sizes
+        overrides.write_text("\n".join([f"torch=={torch}", *(f"{name} ; sys_platform == 'never'" for name in facts["drop"])]) + "\n")
+        common = f"pip compile pyproject.toml --extra dev --override {overrides} --no-header --no-emit-index-url -q".split()
+        common += [*TARGET, *extra]
+        text = uv([*common, "--generate-hashes", "--annotation-style", "line"], Path(folder) / "lock.txt")
+        packages = tomllib.loads(uv([*common, "--format", "pylock.toml"], Path(folder) / "pylock.toml"))["packages"]
+    sizes = {package["name"]: file_size(package, package["name"] in facts["sdists"]) for package in packages}
+    absent = [name for name, size in sizes.items() if not size]
+    if absent:
+        sys.exit(f"no wheel for the target (or, in tool.coati-bench.lock.sdists, no source): {', '.join(absent)}; see pyproject.toml")
+    return [item._replace(size=sizes[item.name]) for item in parse(text)]
+
+
+def file_size(package: dict, from_source: bool) -> int:
+    """Bytes of the file that would be installed on the target; 0 if there is none."""
+    if from_source:
+        return package.get("sdist", {}).get("size", 0)
+    return max((wheel.get("size", 0) for wheel in package.get("wheels", []) if fits(file_name(wheel["url"]))), default=0)
 
 
 def uv(arguments: list[str], output: Path) -> str:
-    """Run uv and return what it wrote to `output`."""
+    """Run uv with this output file and return what it wrote."""
     program = shutil.which("uv", path=str(Path(sys.executable).parent)) or shutil.which("uv")
     if program is None:
         print("uv is missing; it makes the locks and is not needed to install: python -m pip install uv", file=sys.stderr)
         sys.exit(3)
-    done = subprocess.run([program, *arguments], cwd=ROOT, text=True, capture_output=True, check=False)
+    done = subprocess.run([program, *arguments, "-o", str(output)], cwd=ROOT, text=True, capture_output=True, check=False)
     if done.returncode:
         print(done.stderr, file=sys.stderr)
         sys.exit(3)
@@ -138,7 +127,7 @@ def uv(arguments: list[str], output: Path) -> str:
 def fits(wheel: str) -> bool:
     """Whether a wheel is for CPython 3.11 on Linux x86_64 (or for anything)."""
     _, python, abi, platform = wheel.removesuffix(".whl").rsplit("-", 3)
-    return any(tag in {"any"} or ("linux" in tag and "x86_64" in tag and "musl" not in tag) for tag in platform.split(".")) and (
+    return any(tag == "any" or ("linux" in tag and "x86_64" in tag and "musl" not in tag) for tag in platform.split(".")) and (
         abi == "none" or abi == "cp311" or (abi == "abi3" and any(int(tag[3:]) <= 11 for tag in python.split(".") if tag.startswith("cp3")))
     )
 
@@ -149,10 +138,10 @@ def file_name(url: str) -> str:
 
 
 def parse(text: str) -> list[Locked]:
-    """Return the requirements of a hashed requirement file with line annotations.
+    r"""Return the requirements of a hashed requirement file with line annotations.
 
-    >>> parse("six==1.17.0 \\\\\\n    --hash=sha256:aa \\\\\\n    --hash=sha256:bb\\n    # via coati-bench (pyproject.toml), torch\\n")
-    [Locked(name='six', version='1.17.0', hashes=('sha256:aa', 'sha256:bb'), via=('coati-bench', 'torch'))]
+    >>> parse("six==1.17.0 \\\n    --hash=sha256:aa \\\n    --hash=sha256:bb\n    # via coati-bench (pyproject.toml), torch\n")
+    [Locked(name='six', version='1.17.0', hashes=('sha256:aa', 'sha256:bb'), via=('coati-bench', 'torch'), size=0)]
     """
     items = []
     for chunk in re.split(r"\n(?=[A-Za-z0-9])", text.strip()):
@@ -170,55 +159,48 @@ def reachable(locked: list[Locked]) -> set[str]:
     names = {item.name for item in locked}
     found: set[str] = set()
     while True:
-        more = {
-            item.name
-            for item in locked
-            if item.name not in found
-            and any(asker not in names or (asker in found and not CUDA_BUILD.match(item.name)) for asker in item.via)
-        }
+        askers = {name for name in found if not CUDA_BUILD.match(name)}
+        more = {item.name for item in locked if item.name not in found and is_asked(item, names, askers)}
         if not more:
             return found
         found |= more
 
 
-def cpu_build(torch: str) -> tuple[str, str] | None:
-    """Return (`torch==<version>+cpu`, hash) of the CPU build that pip is configured to find, or that the last lock names."""
-    wanted = f"torch=={torch}+cpu"
+def is_asked(item: Locked, names: set[str], askers: set[str]) -> bool:
+    """Whether the project, or one of `askers`, asks for `item`; torch's wish for its CUDA packages does not count."""
+    askers = askers - {"torch"} if CUDA_BUILD.match(item.name) else askers
+    return any(name not in names or name in askers for name in item.via)
+
+
+def cpu_build(torch: str) -> Locked | None:
+    """Return torch's CPU build that pip is configured to find, or that the last lock names."""
+    wanted = f"{torch}+cpu"
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "-q",
-            "--dry-run",
-            "--no-deps",
-            "--ignore-installed",
-            "--report",
-            str(report),
-            wanted,
-        ]
-        done = subprocess.run(command, text=True, capture_output=True, check=False)
+        arguments = f"-m pip install -q --dry-run --no-deps --ignore-installed --report {report} torch=={wanted}".split()
+        done = subprocess.run([sys.executable, *arguments], text=True, capture_output=True, check=False)
         if done.returncode == 0:
             info = json.loads(report.read_text())["install"][0]["download_info"]
-            found = info.get("archive_info", {}).get("hashes", {}).get("sha256")
             path = Path(unquote(urlsplit(info["url"]).path))
-            return wanted, f"sha256:{found or hashlib.sha256(path.read_bytes()).hexdigest()}"
-    old = dict(CPU_HASH.findall((ENVS / "cpu.lock").read_text())) if (ENVS / "cpu.lock").exists() else {}
-    return (wanted, old[wanted]) if wanted in old else None
+            if info["url"].startswith("file:"):
+                value = hashlib.sha256(path.read_bytes()).hexdigest()
+                return Locked("torch", wanted, (f"sha256:{value}",), ("coati-bench",), path.stat().st_size)
+    last = ENVS / "cpu-torch-cpu.lock"
+    kept = parse(last.read_text())[0]._replace(size=read_bytes(last)) if last.exists() else None
+    return kept if kept and kept.version == wanted else None
 
 
-def write(what: str, items: list[Locked], sizes: dict[str, dict[str, int]], kind: str, also: tuple[str, str] | None = None) -> str:
+def read_bytes(lock: Path) -> int:
+    """The size in the head of a lock."""
+    return int(re.search(r"^# bytes: (\d+)$", lock.read_text(), re.MULTILINE).group(1))
+
+
+def write(what: str, items: list[Locked]) -> str:
     """Return the text of a lock."""
-    total = sum(sizes[item.name][kind] for item in items)
-    torch = sum(sizes[item.name][kind] for item in items if item.name == "torch")
-    lines = [f"# {what}", "# Made by envs/lock.py from pyproject.toml; do not edit. Sizes are for CPython 3.11 on Linux x86_64."]
-    lines += [f"# bytes: {total}", f"# bytes of torch: {torch}"]
-    lines += [f"# {also[0]} {also[1]}"] if also else []
+    lines = [f"# {what}", "# Made by envs/lock.py from pyproject.toml; do not edit. Size of the files for CPython 3.11 on Linux x86_64:"]
+    lines.append(f"# bytes: {sum(item.size for item in items)}")
     for item in sorted(items):
-        hashes = sorted({*item.hashes, *([also[1]] if also and item.name == "torch" else [])})
-        lines.append(f"{item.name}=={item.version} \\\n    " + " \\\n    ".join(f"--hash={value}" for value in hashes))
+        lines.append(f"{item.name}=={item.version} \\\n    " + " \\\n    ".join(f"--hash={value}" for value in item.hashes))
         lines.append(f"    # via {', '.join(item.via)}")
     return "\n".join(lines) + "\n"
 
