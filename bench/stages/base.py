@@ -6,6 +6,7 @@ A stage is one file in this folder (the algorithm, top to bottom), its settings 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -48,6 +49,8 @@ class Place:
     device: torch.device
     rank: int
     world_size: int
+    beat: Callable[[], None] = field(default=lambda: None)
+    """Call it now and then in long phases: it renews the heartbeat."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -1,0 +1,73 @@
+"""What every stage needs of the whole job: sums and rows over ranks, and the rows that it trains and is judged on.
+
+Shapes: N rows of the job, n rows of this rank.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bench.data.formats import read_rows
+from bench.data.splits import split_rows
+from bench.stages.base import Place
+from bench.trial import Trial
+
+
+def sum_over_ranks(values: Tensor, place: Place) -> Tensor:
+    """Sum of `values` over the ranks, the same on each of them. Collective."""
+    if place.world_size > 1:
+        dist.all_reduce(values, op=dist.ReduceOp.SUM)
+    return values
+
+
+def max_over_ranks(values: Tensor, place: Place) -> Tensor:
+    """Largest of `values` over the ranks. Collective."""
+    if place.world_size > 1:
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values
+
+
+def gather_rows(rows_n: Tensor, place: Place) -> Tensor:
+    """Rows of all ranks in the order of the ranks; every rank has as many. Collective."""
+    if place.world_size == 1:
+        return rows_n
+    parts = [torch.empty_like(rows_n) for _ in range(place.world_size)]
+    dist.all_gather(parts, rows_n.contiguous())
+    return torch.cat(parts)
+
+
+class Split(NamedTuple):
+    """Rows to train on and rows kept out of training."""
+
+    train: list[dict[str, Any]]
+    held_out: list[dict[str, Any]]
+
+
+def read_split(trial: Trial, kind: str) -> Split:
+    """The rows of the trial's data; held-out ones are drawn by the base seed, so that all trials keep out the same.
+
+    Raises DataError.
+    """
+    settings = trial.parsed_cell.settings
+    path = Path(trial.datum(settings.data).path)
+    found = read_rows(path, kind, rejected_share=trial.limits.rejected_share, first=settings.rows)
+    return Split(*split_rows(found.rows, settings.held_out_rows, settings.base_seed))
+
+
+def started_from(trial: Trial) -> dict[str, str]:
+    """Role -> sha256 of what the trial begins from."""
+    return {item.name: item.sha256 for item in trial.starts}
+
+
+def model_facts(counts: dict[str, int], initial_sha256: str, lora: dict[str, Any]) -> dict[str, Any]:
+    """A trained model's facts under the names that reports read."""
+    return {
+        "parameters": {"total": counts["parameters"], "trainable": counts["trainable"]},
+        "initial_weights_sha256": initial_sha256,
+        "lora": lora or None,
+    }

@@ -1,0 +1,148 @@
+"""Stage 1, supervised fine-tuning: the language-model loss of responses to instructions.
+
+The numbered details are explained, with their sources, in docs/implementation-details.md. Shapes: B sequences, T positions,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bench.checkpoint import save_checkpoint
+from bench.data import collate
+from bench.models.build import accepts_position_ids, add_lora, build_policy, build_tokenizer, counts, initial_sha256, position_ids
+from bench.rl.losses import token_logprobs
+from bench.stages.base import Place, StepReport, step_count
+from bench.stages.job import model_facts, read_split, started_from, sum_over_ranks
+from bench.stages.schedule import learning_rate_at
+from bench.strategies.base import Strategy
+from bench.trial import Trial
+
+
+def build(trial: Trial, strategy: Strategy, place: Place) -> Sft:
+    """The stage of `trial` on this rank."""
+    return Sft(trial, strategy, place)
+
+
+class Batch(NamedTuple):
+    """One micro-batch on the device, and its counts."""
+
+    ids_BT: Tensor
+    mask_BT: Tensor
+    targets_BT: Tensor
+    loss_tokens: int
+    tokens: int
+
+
+def collate_batch(sequences: Sequence[collate.Tokens], fill: int, device: torch.device) -> Batch:
+    """Pad to the longest sequence of the micro-batch.
+
+    (3) Only response tokens carry loss; prompt and padding do not. (4) The mask comes from lengths, not from `ids != pad`.
+    """
+    padded = collate.pad_right([sequence.ids for sequence in sequences], fill)
+    targets_BT = collate.shifted_targets(sequences, padded.ids_BT.shape[1])
+    return Batch(
+        *(collate.to_device(tensor, device) for tensor in (padded.ids_BT, padded.mask_BT, targets_BT)),
+        loss_tokens=sum(sequence.loss_tokens for sequence in sequences),
+        tokens=sum(len(sequence.ids) for sequence in sequences),
+    )
+
+
+class Sft:
+    """The stage on one rank; see `bench.stages.base.Stage`."""
+
+    def __init__(self, trial: Trial, strategy: Strategy, place: Place) -> None:
+        self._trial, self._place, self._cell = trial, place, trial.parsed_cell
+        settings = self._cell.settings
+        self._tokenizer = build_tokenizer(trial)
+        self._fill = collate.padding_id(self._tokenizer)
+        split = read_split(trial, "instruct")
+        self.total = step_count(self._cell, len(split.train))
+        self._order = collate.RowOrder(len(split.train), batch=self._cell.step_batch, seed=trial.seed)  # (5)
+        used = self._order.used(self.total)
+        encoded = collate.encode_instruct(
+            [split.train[row] for row in used], self._tokenizer, settings.sequence_length, place.beat
+        )  # (1) (2)
+        self._sequences = dict(zip(used, encoded, strict=True))
+        self._held_out = collate.encode_instruct(split.held_out, self._tokenizer, settings.sequence_length, place.beat)
+        policy = build_policy(trial)
+        self._config = policy.config
+        self._lora = add_lora(policy, self._cell, trial.seed)
+        self._places = accepts_position_ids(policy)
+        self.facts = model_facts(counts(policy), initial_sha256(policy), self._lora)
+        self._engine = strategy.prepare(policy, self._cell, place.device, learning_rate=settings.learning_rate)
+
+    def advance(self, index: int) -> StepReport:
+        """One optimizer step."""
+        settings, place = self._cell.settings, self._place
+        rate = learning_rate_at(
+            index, self.total, peak=settings.learning_rate, schedule=settings.schedule, warmup_share=settings.warmup_share
+        )  # (8)
+        self._engine.set_learning_rate(rate)
+        rows = self._order.rows(index)
+        step_tokens = sum(self._sequences[row].loss_tokens for row in rows)
+        loss = torch.zeros((), device=place.device)
+        work = {"loss_tokens": 0, "tokens": 0, "padded_tokens": 0, "sequences": 0}
+        micros = collate.micro_steps(rows, rank=place.rank, world=place.world_size, micro=settings.micro_batch)  # (6)
+        for micro, members in enumerate(micros, 1):
+            batch = collate_batch([self._sequences[row] for row in members], self._fill, place.device)
+            part = self._token_losses(batch).sum() / self._denominator(batch, step_tokens, len(micros))
+            self._engine.backward(part, last=micro == len(micros))
+            loss += part.detach()
+            _count(work, batch)
+            place.beat()
+        norm = self._engine.step()  # (9)
+        return StepReport(
+            steps=[{"loss": sum_over_ranks(loss, place), "gradient_norm": norm, "learning_rate": rate}],
+            counts=work,
+        )
+
+    def _token_losses(self, batch: Batch) -> Tensor:
+        """Minus log-probability of each target, BT, 0 where there is none."""
+        places = {"position_ids": position_ids(batch.mask_BT)} if self._places else {}
+        logits_BTV = self._engine.module(input_ids=batch.ids_BT, attention_mask=batch.mask_BT, use_cache=False, **places).logits
+        return -token_logprobs(logits_BTV, batch.targets_BT)
+
+    def _denominator(self, batch: Batch, step_tokens: int, accumulation: int) -> int:
+        """(7) What token losses are divided by: loss tokens of the whole step over all ranks and micro-steps."""
+        if "loss-mean-per-micro-batch" in self._cell.semantics_switches:
+            return max(1, batch.loss_tokens) * accumulation * self._place.world_size
+        return max(1, step_tokens)
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Mean loss of the held-out loss tokens."""
+        place, sequences = self._place, self._held_out
+        totals = torch.zeros(2, dtype=torch.float64, device=place.device)
+        self._engine.module.eval()
+        micro = self._cell.settings.micro_batch
+        for rows, weights in collate.held_out_steps(len(sequences), rank=place.rank, world=place.world_size, micro=micro):
+            batch = collate_batch([sequences[row] for row in rows], self._fill, place.device)
+            weight_B = torch.tensor(weights, device=place.device)
+            losses_B = self._token_losses(batch).sum(dim=1)
+            totals += torch.stack([(losses_B * weight_B).sum(), ((batch.targets_BT >= 0).sum(dim=1) * weight_B).sum()])
+            place.beat()
+        self._engine.module.train()
+        loss, tokens = sum_over_ranks(totals, place).tolist()
+        return {"loss": loss / max(1.0, tokens)}
+
+    def save(self, folder: str) -> None:
+        """Write the trained policy, adapters merged."""
+        state = self._engine.full_state()
+        if state is not None:
+            save_checkpoint(
+                Path(folder), state=state, config=self._config, stage="sft", tokenizer=self._tokenizer,
+                started_from=started_from(self._trial), lora=self._lora,
+            )  # fmt: skip
+
+
+def _count(work: dict[str, Any], batch: Batch) -> None:
+    work["loss_tokens"] += batch.loss_tokens
+    work["tokens"] += batch.tokens
+    work["padded_tokens"] += batch.ids_BT.numel()
+    work["sequences"] += batch.ids_BT.shape[0]

@@ -1,0 +1,377 @@
+"""The measured loop, run on every rank: set up, load, evaluate, train in laps, evaluate, save, and tell how it ended.
+
+`python -m bench.worker TRIAL.json`, or `run_rank` in a forked process. The place in the job comes from the variables of
+torch's `env://` rendezvous (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, GROUP_RANK).
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import random
+import re
+import socket
+import sys
+import time
+import traceback
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bench.errors import BenchError, MachineError
+from bench.measure.clock import LapClock, synchronise
+from bench.measure.memory import MemoryWatch
+from bench.record import Lap, Outcome, Part, save_part, write_json
+from bench.stages.base import Place, Stage, StepReport, build_stage
+from bench.strategies.base import Strategy, all_strategies
+from bench.trial import Trial, load_trial
+
+EXIT_OK, EXIT_ERROR, EXIT_OOM = 0, 1, 75
+
+BEAT_SECONDS = 3.0
+"""Least time between two beats inside a phase; a change of phase and a lap's edge always beat."""
+
+DIVERGENCE = ("loss", "reward", "kl")
+"""Series whose first value that is not finite ends the trial as `diverged`. They are reduced over ranks, so all ranks agree."""
+
+LARGEST = float(torch.finfo(torch.float32).max)
+"""Stands in a series for a value that is not finite and no divergence (a gradient norm where fp16 overflowed)."""
+
+_SIZES = {"B": 1, "bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+_REQUESTED = re.compile(r"[Tt]ried to allocate ([\d.]+) (TiB|GiB|MiB|KiB|bytes|B)")
+
+
+class Diverged(Exception):  # noqa: N818 (an outcome, not an error)
+    """A value that may not be infinite or NaN was."""
+
+
+class Heartbeat:
+    """Says in a file where the rank is; the file's time is the beat."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._last = path, 0.0
+        self.phase, self.step = "start", 0
+
+    def enter(self, phase: str, step: int | None = None) -> None:
+        """Beat at a change of phase or a lap's edge."""
+        self.phase, self.step = phase, self.step if step is None else step
+        write_json({"phase": self.phase, "step": self.step}, self._path)
+        self._last = time.monotonic()
+
+    def beat(self) -> None:
+        """Beat if the last one is `BEAT_SECONDS` old."""
+        if time.monotonic() - self._last >= BEAT_SECONDS:
+            self.enter(self.phase)
+
+
+@dataclass(slots=True)
+class Findings:
+    """What this rank has seen so far; becomes its part, however the trial ends."""
+
+    laps: list[Lap] = field(default_factory=list)
+    series: dict[str, list[float]] = field(default_factory=dict)
+    held_out: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    watch: MemoryWatch | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ending:
+    """How the trial ended on this rank."""
+
+    outcome: Outcome
+    code: int
+    reason: str | None = None
+
+
+class Rank:
+    """One rank of one trial."""
+
+    def __init__(self, trial: Trial) -> None:
+        self.trial, self.cell = trial, trial.parsed_cell
+        self.rank, self.world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self.local_rank, self.node = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("GROUP_RANK", "0"))
+        self.heart = Heartbeat(trial.heartbeat_path(self.rank))
+        self.found = Findings()
+        self._born = psutil.Process().create_time()
+
+    def run(self) -> Ending:
+        """The life of a rank."""
+        self.heart.enter("start")
+        strategy, place = self._start()
+        self._spend("start", time.time() - self._born)
+        self.heart.enter("load")
+        stage = self._load(strategy, place)
+        self._evaluate(stage, place, "before")
+        self._train(stage, place)
+        self._evaluate(stage, place, "after")
+        if self.trial.save_to is not None:
+            self.heart.enter("save")
+            begin = time.perf_counter()
+            stage.save(self.trial.save_to)
+            self._spend("save", time.perf_counter() - begin)
+        self.heart.enter("done")
+        return Ending(outcome="ok", code=EXIT_OK)
+
+    # -- phases ------------------------------------------------------------------------------------------------------
+
+    def _start(self) -> tuple[Strategy, Place]:
+        """Seeds, device, process group, framework."""
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        device = choose_device(self.cell.settings.device, self.local_rank)
+        seed_everything(self.trial.seed)
+        join_group(device, self.trial.limits.heartbeat_seconds)
+        strategy = all_strategies()[self.cell.strategy]
+        strategy.start(self.cell, device)
+        seed_everything(self.trial.seed)
+        self.world_size = dist.get_world_size()
+        self.found.watch = MemoryWatch(device)
+        self.found.facts |= machine_facts(device) | strategy_facts(strategy, self.trial)
+        return strategy, Place(device=device, rank=dist.get_rank(), world_size=self.world_size, beat=self.heart.beat)
+
+    def _load(self, strategy: Strategy, place: Place) -> Stage:
+        begin = time.perf_counter()
+        stage = build_stage(self.trial, strategy, place)
+        synchronise(place.device)
+        self.found.facts |= stage.facts
+        self._spend("load", time.perf_counter() - begin)
+        return stage
+
+    def _evaluate(self, stage: Stage, place: Place, edge: str) -> None:
+        """Held-out metrics, `<metric>_<edge>`."""
+        self.heart.enter("evaluate")
+        begin = time.perf_counter()
+        values = stage.evaluate()
+        synchronise(place.device)
+        self._spend("evaluate", time.perf_counter() - begin)
+        self.found.facts |= stage.facts
+        for name, value in values.items():
+            if not np.isfinite(value):
+                raise Diverged(f"held-out {name} {edge} training is {value}")
+            self.found.held_out[f"{name}_{edge}"] = value
+
+    def _train(self, stage: Stage, place: Place) -> None:
+        """All steps, in laps."""
+        self.heart.enter("train", 0)
+        clock, watch = LapClock(place.device), self.found.watch
+        assert watch is not None
+        watch.start()
+        lap_steps = self.cell.settings.lap_steps
+        for first in range(0, stage.total, lap_steps):
+            reports = []
+            clock.start()
+            for index in range(first, min(first + lap_steps, stage.total)):
+                reports.append(stage.advance(index))
+                watch.note(reports[-1].phase_peaks)
+                if index == 0:
+                    self._first_step(place)
+            seconds = clock.stop()
+            self._take(reports, first, seconds)
+            self.heart.enter("train", first + len(reports))
+
+    def _first_step(self, place: Place) -> None:
+        """The one extra synchronisation, in the first lap, which is warm-up: how long it took to get going, evaluation left out."""
+        synchronise(place.device)
+        since = time.time() - self._born
+        self._spend("time_to_first_step", since - self.found.seconds.get("evaluate", 0.0))
+
+    # -- findings ----------------------------------------------------------------------------------------------------
+
+    def _spend(self, what: str, seconds: float) -> None:
+        self.found.seconds[what] = self.found.seconds.get(what, 0.0) + seconds
+
+    def _take(self, reports: list[StepReport], first: int, seconds: float) -> None:
+        """Read the lap's values, in one transfer, and keep the lap; raises Diverged."""
+        steps = read_rows([step for report in reports for step in report.steps])
+        iterations = read_rows([report.iteration for report in reports])
+        per_unit = len(steps) // len(reports)
+        for row, values in enumerate(steps):
+            self._extend(values, first + row // per_unit)
+        for row, values in enumerate(iterations):
+            self._extend(values, first + row)
+        self.found.laps.append(
+            Lap(first_step=first, steps=len(reports), seconds=seconds, counts=add_up([report.counts for report in reports]),
+                phases=add_up([report.phases for report in reports]))
+        )  # fmt: skip
+
+    def _extend(self, values: dict[str, float], step: int) -> None:
+        for name in DIVERGENCE:
+            if name in values and not np.isfinite(values[name]):
+                self.heart.step = step
+                raise Diverged(f"{name} is {values[name]} at step {step}")
+        for name, value in values.items():
+            finite = bool(np.isfinite(value))
+            if not finite:
+                self.found.facts.setdefault("non_finite", {}).setdefault(name, []).append(step)
+            self.found.series.setdefault(name, []).append(value if finite else LARGEST)
+
+    def write(self, ending: Ending) -> None:
+        """Write this rank's part."""
+        watch = self.found.watch
+        save_part(
+            Part(
+                rank=self.rank, local_rank=self.local_rank, node=self.node, world_size=self.world_size, hostname=socket.gethostname(),
+                pid=os.getpid(), outcome=ending.outcome, reason=ending.reason, phase=self.heart.phase, step=self.heart.step,
+                laps=self.found.laps, series=self.found.series, held_out=self.found.held_out, seconds=self.found.seconds,
+                facts=self.found.facts, **({} if watch is None else {"memory": watch.read()}),
+            ),
+            self.trial.part_path(self.rank),
+        )  # fmt: skip
+
+
+# -- set-up ----------------------------------------------------------------------------------------------------------
+
+
+def choose_device(kind: str, local_rank: int) -> torch.device:
+    """The device of this rank. Raises MachineError if it is not there."""
+    if kind == "cpu":
+        torch.set_num_threads(1)
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if local_rank >= count:
+        raise MachineError(
+            f"device cuda:{local_rank} is not there; seen: {count} CUDA devices; one for each rank of the node would be right"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy and torch, the same on every rank."""
+    random.seed(seed)
+    np.random.seed(seed % (1 << 32))  # noqa: NPY002 (frameworks draw from the global one)
+    torch.manual_seed(seed)
+
+
+def join_group(device: torch.device, silence_seconds: float) -> None:
+    """Join the process group that the environment names; collectives that outlast the heartbeat's limit fail.
+
+    One rank that was started without a launcher is a group of its own.
+    """
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_PORT", _free_port())
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    arguments = {"device_id": device} if device.type == "cuda" else {}
+    dist.init_process_group(backend, init_method="env://", timeout=timedelta(seconds=max(60.0, silence_seconds)), **arguments)
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def machine_facts(device: torch.device) -> dict[str, Any]:
+    """What runs here: device name and bytes, versions of torch and ColossalAI as this rank imported them."""
+    versions = {name: sys.modules[name].__version__ for name in ("torch", "colossalai", "transformers", "peft") if name in sys.modules}
+    if device.type != "cuda":
+        return {"device_name": platform.processor() or platform.machine(), "versions": versions}
+    properties = torch.cuda.get_device_properties(device)
+    return {"device_name": properties.name, "device_total_bytes": properties.total_memory, "versions": versions}
+
+
+def strategy_facts(strategy: Strategy, trial: Trial) -> dict[str, Any]:
+    """Precision, optimizer in force, what the strategy forced, semantics switches."""
+    cell = trial.parsed_cell
+    forced = strategy.forced_settings(cell)
+    return {
+        "precision": forced.get("precision", cell.settings.precision),
+        "optimizer": forced.get("optimizer", cell.settings.optimizer),
+        "forced_settings": forced,
+        "emulated": strategy.emulated(cell),
+        "semantics": cell.settings.semantics,
+        "semantics_switches": list(cell.semantics_switches),
+    }
+
+
+# -- values ----------------------------------------------------------------------------------------------------------
+
+
+def read_rows(rows: list[dict[str, float | Tensor]]) -> list[dict[str, float]]:
+    """The rows as numbers; all tensors are read from the device at once."""
+    tensors = [value.detach().double().reshape(()) for row in rows for value in row.values() if isinstance(value, Tensor)]
+    numbers = iter(torch.stack(tensors).tolist() if tensors else [])
+    return [{name: next(numbers) if isinstance(value, Tensor) else float(value) for name, value in row.items()} for row in rows]
+
+
+def add_up(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Sum of each key over the rows.
+
+    >>> add_up([{"tokens": 1}, {"tokens": 2, "sequences": 1}])
+    {'tokens': 3, 'sequences': 1}
+    """
+    total: dict[str, Any] = {}
+    for row in rows:
+        for name, value in row.items():
+            total[name] = total.get(name, 0) + value
+    return total
+
+
+# -- endings ---------------------------------------------------------------------------------------------------------
+
+
+def classify(error: BaseException, phase: str, step: int) -> Ending:
+    """How a trial ended that raised `error`."""
+    if isinstance(error, Diverged):
+        return Ending(outcome="diverged", code=EXIT_OK, reason=str(error))
+    if is_out_of_memory(error):
+        requested = requested_bytes(str(error))
+        asked = "an unknown number of bytes" if requested is None else f"{requested} bytes"
+        return Ending(outcome="oom", code=EXIT_OOM, reason=f"out of memory in phase {phase} at step {step}: {asked} requested")
+    text = str(error) if isinstance(error, BenchError) else f"{type(error).__name__}: {error}"
+    return Ending(outcome="error", code=EXIT_ERROR, reason=" ".join(text.split())[:2000])
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device's or the host's memory ran out; allocators below torch say so in words only."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    words = str(error).lower()
+    return isinstance(error, RuntimeError) and ("out of memory" in words or "can't allocate memory" in words)
+
+
+def requested_bytes(text: str) -> int | None:
+    """The bytes that an allocator was asked for, as its message says.
+
+    >>> requested_bytes("CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has ...")
+    1610612736
+    """
+    found = _REQUESTED.search(text)
+    return None if found is None else int(float(found[1]) * _SIZES[found[2]])
+
+
+def run_rank(trial: Trial) -> int:
+    """Run this rank of `trial` and leave its part. Returns 0 (ok, diverged), 1 (error) or 75 (out of memory)."""
+    rank = Rank(trial)
+    try:
+        ending = rank.run()
+    except Exception as error:  # noqa: BLE001 (whatever a framework raises is an outcome)
+        ending = classify(error, rank.heart.phase, rank.heart.step)
+        if ending.outcome != "diverged":
+            traceback.print_exc()
+    rank.write(ending)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if ending.code == EXIT_OK and dist.is_initialized():
+        dist.destroy_process_group()
+    return ending.code
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one rank of the trial in the file that is named."""
+    (path,) = sys.argv[1:] if arguments is None else arguments
+    return run_rank(load_trial(Path(path)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
