@@ -1,0 +1,1 @@
+"""Data: where it comes from, how it is checked and read, and the synthetic sets."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 from bench.errors import DataError
 
@@ -29,6 +29,7 @@ KINDS: dict[str, str] = {
 
 CHUNK_BYTES = 1 << 20
 LONGEST_ROW_BYTES = 64 << 20
+Stream = BinaryIO | gzip.GzipFile
 ASSISTANT = "\n\nAssistant:"
 
 
@@ -162,7 +163,7 @@ def _parquet_rows(path: Path) -> Iterator[Raw]:
         raise DataError(f"{path}: the Parquet file is damaged or cut off: {str(error).splitlines()[0]}; fetch it again") from None
 
 
-def _text_rows(path: Path, file: IO[bytes]) -> Iterator[Raw]:
+def _text_rows(path: Path, file: Stream) -> Iterator[Raw]:
     start = file.read(CHUNK_BYTES)
     seen = start.removeprefix(codecs.BOM_UTF8).lstrip(b" \t\r\n")
     while not seen and (more := file.read(CHUNK_BYTES)):
@@ -179,7 +180,7 @@ def _text_rows(path: Path, file: IO[bytes]) -> Iterator[Raw]:
 # -- JSON Lines ----------------------------------------------------------------------------------------------------
 
 
-def _lines(path: Path, start: bytes, file: IO[bytes]) -> Iterator[tuple[int, int, bytes]]:
+def _lines(path: Path, start: bytes, file: Stream) -> Iterator[tuple[int, int, bytes]]:
     """Yield (number from 1, byte offset, line); only the line feed ends a line, so that U+2028 and its like stay text."""
     rest, number, offset = start, 0, 0
     while True:
@@ -197,7 +198,7 @@ def _lines(path: Path, start: bytes, file: IO[bytes]) -> Iterator[tuple[int, int
     yield number + 1, offset, rest
 
 
-def _line_rows(path: Path, start: bytes, file: IO[bytes]) -> Iterator[Raw]:
+def _line_rows(path: Path, start: bytes, file: Stream) -> Iterator[Raw]:
     for number, offset, line in _lines(path, start, file):
         try:
             text = line.decode("utf-8").strip(" \t\r")
@@ -228,7 +229,7 @@ def _not_utf8(path: Path, offset: int, byte: int, line: int) -> DataError:
 class _Text:
     """A sliding window over UTF-8 text that knows the line number of its cursor."""
 
-    def __init__(self, path: Path, start: bytes, file: IO[bytes]) -> None:
+    def __init__(self, path: Path, start: bytes, file: Stream) -> None:
         self.path, self.file = path, file
         self.decode = codecs.getincrementaldecoder("utf-8")()
         self.bytes_read, self.line, self.at, self.ended = 0, 1, 0, False
@@ -277,7 +278,7 @@ class _Text:
                 return ""
 
 
-def _array_rows(path: Path, start: bytes, file: IO[bytes]) -> Iterator[Raw]:
+def _array_rows(path: Path, start: bytes, file: Stream) -> Iterator[Raw]:
     text = _Text(path, start, file)
     text.skip_space()
     text.move(text.at + 1)

@@ -27,7 +27,7 @@ class Source:
     kind: Kind
     title: str
     urls: tuple[str, ...]
-    """Tried in order. `drive:ID` is a Google Drive file, `synthetic:` a set generated here, else an http(s) address."""
+    """Tried in order. `drive+ADDRESS` may show a confirmation page first, `synthetic:` a set generated here, else an http(s) address."""
     file_name: str
     rows: int | None = None
     """Rows that the source states, malformed ones included."""
@@ -81,12 +81,13 @@ def _wild_seed(language: str, title: str, size: int, sha256: str) -> Source:
 
 def _wild(language: str, title: str, drive: str, rows: int, sha256: str) -> Source:
     file_name = f"instinwild_{language}.json"
+    upstream = f"drive+https://drive.google.com/uc?export=download&id={drive}"
     mirrors = ("fuliucansheng/InstructionWild", "LeroyDyer/ALPACA", "causal-lm/instinwild")
     return Source(
         name=f"instructwild-{language}",
         kind="instruct",
         title=f"InstructWild v1, {title}",
-        urls=(f"drive:{drive}", *(f"{_HUB}/{mirror}/resolve/main/{file_name}" for mirror in mirrors)),
+        urls=(upstream, *(f"{_HUB}/{mirror}/resolve/main/{file_name}" for mirror in mirrors)),
         file_name=file_name,
         rows=rows,
         sha256=sha256,
@@ -251,7 +252,7 @@ def _derived(name: str, base: str, suffix: str, folder: Path | None) -> Source:
         licence=f"Prompts: {origin.licence} Answers: {_SYNTHETIC_LICENCE}",
         format="json lines" if kind == "pairs" else "json array",
         revision="1",
-        base=base,
+        base=base if origin.local_path is None else f"file:{origin.local_path}",
     )
 
 
