@@ -1,0 +1,98 @@
+"""From parts to a record. Torch-free."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from bench.launch.classify import Verdict
+from bench.launch.rank import node_path
+from bench.measure.provenance import environment, machine, source, versions
+from bench.record import Part, Record
+from bench.strategies.base import all_strategies
+from bench.trial import Trial
+
+WARM_UP_LAPS = {"ppo": 2}
+"""Laps that the report drops at least: iterations of PPO; 5 of the other stages."""
+
+LEAST_STEPS, LEAST_SECONDS = {"ppo": 5}, {"ppo": 120.0}
+"""Shortest window that may be published; 30 steps and 60 s for the other stages."""
+
+
+def assemble(
+    trial: Trial,
+    verdict: Verdict,
+    *,
+    launcher: str,
+    simulated_nodes: bool,
+    attempt: int = 1,
+    parts: list[Part] | None = None,
+    observed: dict[str, Any] | None = None,
+    provenance: dict[str, Any] | None = None,
+    more_flags: list[str] | None = None,
+) -> Record:
+    """The record of a trial; `parts` may lack ranks, which are then named in its flags."""
+    cell, parts = trial.parsed_cell, sorted(parts or [], key=lambda part: part.rank)
+    strategy = all_strategies()[cell.strategy]
+    return Record(
+        cell=trial.cell,
+        cell_id=cell.cell_id,
+        fingerprint=trial.fingerprint,
+        trial=trial.trial,
+        seed=trial.seed,
+        attempt=attempt,
+        launcher=launcher,
+        emulated=strategy.emulated(cell),
+        simulated_nodes=simulated_nodes,
+        outcome=verdict.outcome,
+        reason=verdict.reason,
+        flags=[*flags(trial, parts), *(more_flags or [])],
+        inputs=[*trial.data, *trial.starts],
+        parts=parts,
+        observed=observed or {},
+        provenance=provenance or {},
+    )
+
+
+def flags(trial: Trial, parts: list[Part]) -> list[str]:
+    """What a reader must know: switches of old semantics, settings that the strategy forced, missing ranks, too short a window."""
+    cell = trial.parsed_cell
+    found = [f"semantics: {switch}" for switch in cell.semantics_switches]
+    found += [f"forced: {key}={value}" for key, value in sorted(all_strategies()[cell.strategy].forced_settings(cell).items())]
+    missing = sorted(set(range(cell.world_size)) - {part.rank for part in parts})
+    if missing:
+        found.append(f"missing ranks: {', '.join(map(str, missing))}")
+    if parts and is_indicative(cell.stage, parts):
+        found.append("indicative")
+    return found
+
+
+def is_indicative(stage: str, parts: list[Part]) -> bool:
+    """Whether the window after the warm-up is too short to be published (steps of the shortest rank, seconds of the slowest)."""
+    skip = WARM_UP_LAPS.get(stage, 5)
+    steps = min(sum(lap.steps for lap in part.laps[skip:]) for part in parts)
+    seconds = max(sum(lap.seconds for lap in part.laps[skip:]) for part in parts)
+    return steps < LEAST_STEPS.get(stage, 30) or seconds < LEAST_SECONDS.get(stage, 60.0)
+
+
+def make_provenance(trial: Trial, *, command: list[str], variables: dict[str, str], started: str, ended: str) -> dict[str, Any]:
+    """Versions, source, every node, command, environment, UTC start and end."""
+    nodes = [note for node in range(trial.parsed_cell.nodes) if (note := _node(Path(trial.work), node))]
+    return {
+        "versions": nodes[0]["versions"] if nodes else versions(),
+        "source": source(),
+        "machines": [note["machine"] for note in nodes] or [machine()],
+        "command": command,
+        "environment": environment(variables),
+        "started": started,
+        "ended": ended,
+    }
+
+
+def _node(work: Path, node: int) -> dict[str, Any] | None:
+    try:
+        note = json.loads(node_path(work, node).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return note if isinstance(note, dict) and {"machine", "versions"} <= note.keys() else None

@@ -1,0 +1,142 @@
+"""The line that starts one node's torchrun agent, and the launcher that runs such lines on this machine. Torch-free.
+
+Ranks meet by static rendezvous at the first node's address. Two nodes on one machine are two agents on the loopback.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from bench.cell import Cell
+from bench.launch.environment import rank_environment
+from bench.launch.guard import Ended, Guarded
+from bench.launch.job import LINGER_SECONDS, LaunchError, free_port
+from bench.launch.processes import descendants, signal_name
+from bench.trial import Trial
+
+PROGRAM = "bench.worker"
+"""The module that a rank runs: `main` under torchrun, `run_rank` under fork."""
+
+LOOPBACK = "127.0.0.1"
+PORT = 29500
+
+
+def agent_line(
+    cell: Cell, node: int, rank_command: Sequence[str], *, address: str = LOOPBACK, port: int = PORT, python: str = sys.executable
+) -> list[str]:
+    """The torchrun agent of node `node` of `cell`; `rank_command` is a module and its arguments."""
+    return [
+        python, "-m", "torch.distributed.run", "--nnodes", str(cell.nodes), "--node-rank", str(node),
+        "--nproc-per-node", str(cell.processes_per_node), "--master-addr", address, "--master-port", str(port),
+        "--max-restarts", "0", "-m", *rank_command,
+    ]  # fmt: skip
+
+
+def command_lines(cell: Cell, trial_file: Path, *, address: str | None = None, port: int = PORT) -> list[str]:
+    """What one pastes on every node, a line each, node 0 first; run there without supervision, output to the terminal.
+
+    Several nodes meet at `address`, by default the variable HEAD: the host name of the first node.
+    """
+    address = address or (LOOPBACK if cell.nodes == 1 else "$HEAD")
+    fixed = "OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1"
+    lines = (agent_line(cell, node, [PROGRAM, str(trial_file)], address=address, port=port, python="python") for node in range(cell.nodes))
+    return [f"{fixed} {' '.join(word if word == '$HEAD' else shlex.quote(word) for word in line)}" for line in lines]
+
+
+class Agents:
+    """Launcher: one guarded torchrun agent for each node, all on this machine.
+
+    `outer` and `inner` are put before the agent's line (srun, then a container). `keep` are descriptors of locks, held until
+    the last process is gone.
+    """
+
+    name = "torchrun"
+
+    def __init__(
+        self, *, program: str = PROGRAM, search_path: tuple[str, ...] = (), outer: tuple[str, ...] = (), inner: tuple[str, ...] = (),
+        choose_port: Callable[[], int] = free_port, variables: Mapping[str, str] | None = None, keep: tuple[int, ...] = (),
+    ) -> None:  # fmt: skip
+        self._program, self._search_path, self._prefix = program, search_path, (*outer, *inner)
+        self._choose_port, self._variables, self._keep = choose_port, dict(variables or {}), keep
+
+    def simulated_nodes(self, trial: Trial) -> bool:
+        """True for every cell of several nodes, as all agents run here."""
+        return trial.parsed_cell.nodes > 1
+
+    def command(self, trial: Trial, trial_file: Path, port: int = PORT) -> list[str]:
+        """The agents' lines with the usual port; a run chooses a free one."""
+        return [shlex.join(line) for line in self._lines(trial.parsed_cell, trial_file, port)]
+
+    def start(self, trial: Trial, trial_file: Path, devices: Sequence[str]) -> AgentsJob:
+        """Start one agent for each node."""
+        cell, port = trial.parsed_cell, self._choose_port()
+        job = AgentsJob()
+        try:
+            for node, line in enumerate(self._lines(cell, trial_file, port)):
+                mine = devices[node * cell.processes_per_node : (node + 1) * cell.processes_per_node]
+                log = Path(trial.work) / f"agent{node}.log"
+                job.add(Guarded(line, environment=self._environment(mine), log=log, keep=self._keep), log)
+        except OSError as error:
+            job.end()
+            raise LaunchError(f"the agent of node {len(job.log_paths())} could not be started: {error}") from error
+        return job
+
+    def _lines(self, cell: Cell, trial_file: Path, port: int) -> list[list[str]]:
+        ranks = ["bench.launch.rank", str(trial_file), self._program]
+        return [[*self._prefix, *agent_line(cell, node, ranks, port=port)] for node in range(cell.nodes)]
+
+    def _environment(self, devices: Sequence[str]) -> dict[str, str]:
+        visible = {"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else {}
+        return rank_environment({"GLOO_SOCKET_IFNAME": "lo", **self._variables, **visible}, self._search_path)
+
+
+class AgentsJob:
+    """The running agents of one try."""
+
+    def __init__(self) -> None:
+        self._agents: list[Guarded] = []
+        self._logs: list[Path] = []
+        self._by_itself: list[Ended | None] = []
+        self._failed_at: float | None = None
+
+    def add(self, agent: Guarded, log: Path) -> None:
+        """Take in one more agent."""
+        self._agents.append(agent)
+        self._logs.append(log)
+        self._by_itself.append(None)
+
+    def wait(self, seconds: float) -> bool:
+        """Whether all agents have ended, or one badly and the others had `LINGER_SECONDS` to follow."""
+        share = seconds / len(self._agents)
+        self._by_itself = [agent.wait(share) for agent in self._agents]
+        if self._failed_at is None and any(ended is not None and ended.code != 0 for ended in self._by_itself):
+            self._failed_at = time.monotonic()
+        lingered = self._failed_at is not None and time.monotonic() > self._failed_at + LINGER_SECONDS
+        return lingered or None not in self._by_itself
+
+    def pids(self) -> list[int]:
+        """Agents and ranks; the guards are no part of the measured job."""
+        return descendants([agent.pid for agent in self._agents])
+
+    def end(self) -> None:
+        """End all agents and all below them."""
+        for agent in self._agents:
+            agent.ask_to_end()
+        for agent in self._agents:
+            agent.end()
+
+    def trouble(self) -> str | None:
+        """How the first agent ended that ended badly by itself."""
+        for node, ended in enumerate(self._by_itself):
+            if ended is not None and ended.code != 0:
+                how = "was killed together with its guard" if ended.code is None else f"ended with {signal_name(ended.code)}"
+                return f"the torchrun agent of node {node} {how}"
+        return None
+
+    def log_paths(self) -> list[Path]:
+        """Output of the agents."""
+        return list(self._logs)

@@ -1,0 +1,190 @@
+"""The supervisor's handle of a fork parent (`bench.launch.fork`), and the launcher that uses it. Torch-free."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from bench.cell import Cell
+from bench.launch.command import LOOPBACK, PROGRAM
+from bench.launch.environment import rank_environment
+from bench.launch.guard import GRACE_SECONDS, Ended, Guarded
+from bench.launch.job import LaunchError, free_port
+from bench.launch.processes import descendants, signal_name
+from bench.trial import Trial
+
+PRELOAD = (
+    "torch", "torch.distributed", "torch.nn.parallel", "transformers", "transformers.models.bloom.modeling_bloom",
+    "transformers.models.gpt2.modeling_gpt2", "transformers.models.llama.modeling_llama", "transformers.models.opt.modeling_opt", "peft",
+    "colossalai", "colossalai.booster", "colossalai.booster.plugin",
+)  # fmt: skip
+"""Imported once, before any rank exists; what cannot be imported is left to the rank that needs it."""
+
+READY_SECONDS = 300.0
+"""Longest wait for the imports."""
+
+
+class ForkParent:
+    """Launcher for the CPU: starts its parent process at the first trial, and again if it was killed. A context manager."""
+
+    name = "fork"
+
+    def __init__(
+        self, log: Path, *, program: str = PROGRAM, preload: Sequence[str] = PRELOAD, search_path: tuple[str, ...] = (),
+        choose_port: Callable[[], int] = free_port, keep: tuple[int, ...] = (),
+    ) -> None:  # fmt: skip
+        self._log, self._program, self._search_path = log, program, search_path
+        self._preload = (*preload, program)
+        self._choose_port, self._keep = choose_port, keep
+        self._process: _ParentProcess | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def pid(self) -> int | None:
+        """The parent process, if one runs."""
+        return self._process.pid if self._process else None
+
+    def close(self) -> None:
+        """End the parent process and all of its ranks."""
+        if self._process is not None:
+            self._process.close()
+            self._process = None
+
+    def simulated_nodes(self, trial: Trial) -> bool:
+        """True for every cell of several nodes."""
+        return trial.parsed_cell.nodes > 1
+
+    def command(self, trial: Trial, trial_file: Path) -> list[str]:
+        """The parent's line; its ranks are forked from it."""
+        return [f"{sys.executable} -m bench.launch.fork --program {self._program}  # {trial_file}, {trial.parsed_cell.world_size} ranks"]
+
+    def start(self, trial: Trial, trial_file: Path, devices: Sequence[str]) -> ForkJob:
+        """Fork the ranks of `trial`. Raises LaunchError if the parent process cannot do so."""
+        assert not devices, "fork is for the CPU"
+        process = self._running()
+        process.ask(trial=str(trial_file), ranks=rank_variables(trial.parsed_cell, self._choose_port()), grace=GRACE_SECONDS)
+        answer = process.answer(30)
+        if not answer or "started" not in answer or answer.get("problem"):
+            self.close()
+            raise LaunchError((answer or {}).get("problem") or f"the fork parent did not start the ranks; see {self._log}")
+        return ForkJob(process, self._log, self.close)
+
+    def _running(self) -> _ParentProcess:
+        if self._process is not None and self._process.guard.wait(0) is not None:
+            self.close()
+        if self._process is None:
+            self._log.parent.mkdir(parents=True, exist_ok=True)
+            environment = rank_environment({"GLOO_SOCKET_IFNAME": "lo"}, self._search_path)
+            line = [sys.executable, "-m", "bench.launch.fork", "--program", self._program, "--preload", json.dumps(self._preload)]
+            self._process = _ParentProcess(line, environment, self._log, self._keep)
+            answer = self._process.answer(READY_SECONDS) or {}
+            if not answer.get("ready"):
+                self.close()
+                raise LaunchError(f"the fork parent did not get ready; see {self._log}")
+            self._process.pid = answer["pid"]
+        return self._process
+
+
+def rank_variables(cell: Cell, port: int) -> list[dict[str, str]]:
+    """What torchrun would put into the environment of each rank, in rank order."""
+    shared = {
+        "WORLD_SIZE": str(cell.world_size), "LOCAL_WORLD_SIZE": str(cell.processes_per_node), "GROUP_WORLD_SIZE": str(cell.nodes),
+        "MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(port),
+    }  # fmt: skip
+    ranks = [divmod(rank, cell.processes_per_node) for rank in range(cell.world_size)]
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(local), "GROUP_RANK": str(node)} for rank, (node, local) in enumerate(ranks)]
+
+
+class _ParentProcess:
+    """The guarded process and its two pipes."""
+
+    def __init__(self, line: list[str], environment: dict[str, str], log: Path, keep: tuple[int, ...]) -> None:
+        requests, self._requests = os.pipe()
+        self._replies, replies = os.pipe()
+        line = [*line, "--requests", str(requests), "--replies", str(replies)]
+        try:
+            self.guard = Guarded(line, environment=environment, log=log, keep=keep, hand_on=(requests, replies))
+        finally:
+            os.close(requests)
+            os.close(replies)
+        self._buffer = b""
+        self.pid = -1
+
+    def ask(self, **content: Any) -> None:
+        try:
+            os.write(self._requests, (json.dumps(content) + "\n").encode())
+        except BrokenPipeError:
+            return  # the missing answer tells it
+
+    def answer(self, seconds: float) -> dict[str, Any] | None:
+        """The next line; {} if none came in time; None if the process has gone."""
+        deadline = time.monotonic() + seconds
+        while b"\n" not in self._buffer:
+            left = deadline - time.monotonic()
+            if not select.select([self._replies], [], [], max(0.0, left))[0]:
+                return {}
+            if not (data := os.read(self._replies, 65536)):
+                return None
+            self._buffer += data
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return json.loads(line)
+
+    def close(self) -> Ended:
+        ended = self.guard.end()
+        for descriptor in (self._requests, self._replies):
+            os.close(descriptor)
+        return ended
+
+
+class ForkJob:
+    """The forked ranks of one try."""
+
+    def __init__(self, process: _ParentProcess, log: Path, close_parent: Callable[[], None]) -> None:
+        self._process, self._log, self._close_parent = process, log, close_parent
+        self._ended = False
+        self._trouble: str | None = None
+
+    def wait(self, seconds: float) -> bool:
+        """Whether all ranks have ended, or their parent has."""
+        if not self._ended and (answer := self._process.answer(seconds)) != {}:
+            self._ended = True
+            if answer is None:
+                self._lost()
+        return self._ended
+
+    def pids(self) -> list[int]:
+        """The ranks and all below them; the fork parent is no part of the measured job."""
+        return descendants([self._process.pid])
+
+    def end(self) -> None:
+        """End the ranks; the parent stays for the next trial unless it does not obey."""
+        if not self._ended:
+            self._process.ask(end=GRACE_SECONDS)
+            if not self.wait(2 * GRACE_SECONDS + 15):
+                self._close_parent()
+                self._ended = True
+
+    def trouble(self) -> str | None:
+        """That the parent process itself has gone."""
+        return self._trouble
+
+    def log_paths(self) -> list[Path]:
+        """Output of the parent process."""
+        return [self._log]
+
+    def _lost(self) -> None:
+        ended = self._process.guard.wait(GRACE_SECONDS + 15)
+        code = ended.code if ended else None
+        self._trouble = f"the fork parent {'was killed' if code is None else f'ended with {signal_name(code)}'}"
+        self._close_parent()

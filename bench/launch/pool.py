@@ -1,0 +1,92 @@
+"""Devices of this machine as a pool: handed out by UUID, one trial at a time on each, and only when idle. Torch-free."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from bench.measure.nvml import Device, all_devices, load_nvml
+
+IDLE_SECONDS = 600.0
+"""Longest wait for idle devices."""
+
+
+class BusyError(Exception):
+    """No idle devices in time; says which and why."""
+
+
+class LackingError(Exception):
+    """The machine has fewer devices than the trial needs, so that waiting is no use."""
+
+
+@contextmanager
+def hold_devices(
+    count: int, *, seconds: float = IDLE_SECONDS, stopped: Callable[[float], bool] | None = None,
+    devices: Callable[[], list[Device]] = all_devices, folder: Path | None = None,
+) -> Iterator[list[Device]]:  # fmt: skip
+    """Lock `count` idle devices for the context, waiting for them. `stopped(pause)` sleeps and says whether to give up.
+    Raises BusyError or LackingError.
+
+    The lock is an flock on a file for each device, shared by all users of the machine; it goes when this process ends.
+    """
+    pause = stopped or _sleep
+    deadline = time.monotonic() + seconds
+    folder = folder or Path(tempfile.gettempdir())
+    while True:
+        with ExitStack() as locks:
+            held, problem = _take(count, visible(devices()), folder, locks)
+            if problem is None:
+                yield held
+                return
+        if time.monotonic() >= deadline or pause(1.0):
+            raise BusyError(f"{problem}; waited {seconds:g} s")
+
+
+def visible(devices: list[Device]) -> list[Device]:
+    """Those of `devices` that CUDA_VISIBLE_DEVICES names (by index or UUID), in its order; all of them if it is not set."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
+        return devices
+    found = []
+    for name in filter(None, (word.strip() for word in chosen.split(","))):
+        by_index = devices[int(name) : int(name) + 1] if name.isdigit() else []
+        found += by_index or [device for device in devices if device.uuid.startswith(name)][:1]
+    return found
+
+
+def _take(count: int, devices: list[Device], folder: Path, locks: ExitStack) -> tuple[list[Device], str | None]:
+    """Locked, idle devices, or what stands in the way."""
+    if len(devices) < count:
+        _, reason = load_nvml()
+        raise LackingError(f"{count} devices are needed on this machine; seen: {len(devices)}" + (f" ({reason})" if reason else ""))
+    held, problems = [], []
+    for device in devices:
+        if len(held) < count and (problem := _lock(device, folder, locks) or device.busy()):
+            problems.append(problem)
+        elif len(held) < count:
+            held.append(device)
+    return held, None if len(held) == count else "; ".join(problems)
+
+
+def _lock(device: Device, folder: Path, locks: ExitStack) -> str | None:
+    path = folder / f"coati-bench-{device.uuid}.lock"
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # without O_CREAT: another user's file in a sticky folder refuses it
+    except FileNotFoundError:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    locks.callback(os.close, descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return f"device {device.uuid} is held by another trial"
+    return None
+
+
+def _sleep(seconds: float) -> bool:
+    time.sleep(seconds)
+    return False

@@ -1,0 +1,121 @@
+"""The first thing that runs in a rank, and what it leaves behind: `process<k>.json` beside its log.
+
+`python -m bench.launch.rank TRIAL.json PROGRAM` is what torchrun starts: a forked child becomes the rank and runs PROGRAM
+(a module, `bench.worker`) with TRIAL.json as its argument; this process waits and notes the end, also one by SIGKILL. Torch-free.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import runpy
+import signal
+import socket
+import sys
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from bench.launch.processes import die_with_parent
+
+DUMP_SIGNAL = signal.SIGUSR1
+"""Makes a rank write the stacks of its threads into its log."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankProcess:
+    """One rank as the process that started it saw it."""
+
+    rank: int
+    pid: int
+    hostname: str
+    code: int | None = None
+    """Exit code, negative for a signal; None while it runs."""
+    ended: float | None = None
+    """When, in seconds since the epoch."""
+
+
+def process_path(work: Path, rank: int) -> Path:
+    """Where the process of a rank is noted."""
+    return work / f"process{rank}.json"
+
+
+def note_process(process: RankProcess, work: Path) -> None:
+    """Write or replace the note; a full disk is no reason to end a rank, so an OSError is told to the log only."""
+    path = process_path(work, process.rank)
+    try:
+        path.with_suffix(".new").write_text(json.dumps(asdict(process)), encoding="utf-8")
+        path.with_suffix(".new").replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            print(f"{path}: cannot be written: {error.strerror}", file=sys.stderr, flush=True)
+
+
+def read_process(work: Path, rank: int) -> RankProcess | None:
+    """The note of a rank, or None where there is none to read."""
+    try:
+        return RankProcess(**json.loads(process_path(work, rank).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def become_rank(log: Path, parent: int) -> None:
+    """Make this process a rank: own process group, output into its log, dead with its parent, stacks at `DUMP_SIGNAL`."""
+    os.setpgid(0, 0)
+    die_with_parent(parent)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+    target = _open_log(log)
+    os.dup2(target, 1)
+    os.dup2(target, 2)
+    os.close(target)
+    faulthandler.register(DUMP_SIGNAL, file=2, all_threads=True)
+    faulthandler.enable(file=2)
+
+
+def _open_log(log: Path) -> int:
+    try:
+        return os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    except OSError:
+        return os.open(os.devnull, os.O_WRONLY)
+
+
+def main(arguments: list[str]) -> None:
+    """Become a rank and run the program, or wait for the rank and end as it ended."""
+    trial, program = arguments
+    work, rank = Path(trial).parent, int(os.environ["RANK"])
+    waiter = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        become_rank(work / f"rank{rank}.log", waiter)
+        sys.argv = [program, trial]
+        runpy.run_module(program, run_name="__main__", alter_sys=True)
+        return
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda received, _: os.kill(pid, received))
+    process = RankProcess(rank=rank, pid=pid, hostname=socket.gethostname())
+    note_process(process, work)
+    if os.environ["LOCAL_RANK"] == "0":
+        _note_node(work, int(os.environ["GROUP_RANK"]))
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    note_process(RankProcess(rank=rank, pid=pid, hostname=process.hostname, code=code, ended=time.time()), work)
+    sys.exit(code if code >= 0 else 128 - code)
+
+
+def node_path(work: Path, node: int) -> Path:
+    """Where a node notes what it is: {machine, versions}, as seen inside its container."""
+    return work / f"node{node}.json"
+
+
+def _note_node(work: Path, node: int) -> None:
+    from bench.measure.provenance import machine, versions
+
+    with suppress(OSError):
+        node_path(work, node).write_text(json.dumps({"machine": machine(), "versions": versions()}), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,150 @@
+"""Where a number comes from: versions, source, machines, devices and environment. Torch-free."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import runpy
+import subprocess
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from bench.measure.nvml import describe_devices
+
+SOURCE_TREE = Path(__file__).resolve().parents[2]
+
+PACKAGES = (
+    "torch", "transformers", "peft", "colossalai", "accelerate", "tokenizers", "safetensors", "numpy", "triton", "flash-attn", "pydantic",
+    "snakemake",
+)  # fmt: skip
+
+RECORDED = re.compile(
+    r"(OMP|MKL|KMP|OPENBLAS|NCCL|GLOO|CUBLAS|CUDNN|PYTORCH|TORCH_NCCL|TORCH_CUDA)_[A-Z0-9_]+|CUDA_(VISIBLE_DEVICES|DEVICE_ORDER|LAUNCH_BLOCKING|MODULE_LOADING)"
+    r"|NVIDIA_(VISIBLE_DEVICES|TF32_OVERRIDE)|TF_CPP_MIN_LOG_LEVEL|TORCH_SHOW_CPP_STACKTRACES|TORCH_DISTRIBUTED_DEBUG|TOKENIZERS_PARALLELISM"
+    r"|HF_HUB_OFFLINE|HF_DATASETS_OFFLINE|TRANSFORMERS_OFFLINE|PYTHONHASHSEED|TP_SOCKET_IFNAME"
+    r"|SLURM_(JOB_ID|JOB_NAME|JOB_NODELIST|JOB_NUM_NODES|JOB_PARTITION|CPUS_PER_TASK|MEM_PER_NODE|GPUS_ON_NODE|CLUSTER_NAME|RESTART_COUNT)"
+)
+"""Environment variables that change what is measured, or say where; nothing else of the environment enters a record."""
+
+_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|API_?KEY")
+
+
+def is_recorded(variable: str) -> bool:
+    """Whether this environment variable is in the allow-list.
+
+    >>> is_recorded("NCCL_DEBUG"), is_recorded("AWS_SECRET_ACCESS_KEY"), is_recorded("NCCL_AUTH_TOKEN")
+    (True, False, False)
+    """
+    return RECORDED.fullmatch(variable) is not None and not _SECRET.search(variable.replace("TOKENIZERS", ""))
+
+
+def environment(variables: dict[str, str]) -> dict[str, str]:
+    """The part of `variables` that is recorded, in order."""
+    return {key: value for key, value in sorted(variables.items()) if is_recorded(key)}
+
+
+def utc_now() -> str:
+    """The time, ISO 8601, UTC, whole milliseconds."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+@cache
+def versions() -> dict[str, str | None]:
+    """Version of Python, of each package that matters (null: not installed), and of CUDA, NCCL and cuDNN as torch was built with."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    found |= {name: _version(name) for name in PACKAGES}
+    found |= {"cuda": _cuda_of_torch(), "nccl": _nvidia_package("nccl"), "cudnn": _nvidia_package("cudnn")}
+    return found
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cuda_of_torch() -> str | None:
+    """The CUDA version in torch/version.py, read without importing torch (seconds)."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    file = Path(spec.submodule_search_locations[0]) / "version.py"
+    return runpy.run_path(str(file)).get("cuda") if file.exists() else None
+
+
+def _nvidia_package(library: str) -> str | None:
+    names = [f"nvidia-{library}-cu{major}" for major in (13, 12, 11)]
+    return next((version for name in names if (version := _version(name))), None)
+
+
+@cache
+def source() -> dict[str, Any]:
+    """What code ran: commit, sha256 of the uncommitted changes (null: none), and sha256 over every file of the package.
+
+    Without git, or outside a checkout, `commit` is null and `package_sha256` still tells versions apart. Read once a process.
+    """
+    commit = _git("rev-parse", "HEAD")
+    diff = _git("diff", "HEAD", "--", "bench") if commit else None
+    return {
+        "commit": commit.strip() if commit else None,
+        "dirty_diff_sha256": hashlib.sha256(diff.encode()).hexdigest() if diff else None,
+        "package_sha256": _package_sha256(),
+        "locks": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted((SOURCE_TREE / "envs").glob("*.lock"))},
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(SOURCE_TREE), *arguments], capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def _package_sha256() -> str:
+    total = hashlib.sha256()
+    for path in sorted((SOURCE_TREE / "bench").rglob("*.py")):
+        total.update(f"{path.relative_to(SOURCE_TREE)}\0".encode())
+        total.update(path.read_bytes())
+    return total.hexdigest()
+
+
+@cache
+def machine() -> dict[str, Any]:
+    """What this node is: host name, kernel, CPU, memory, container, devices. Call it on every node."""
+    return {
+        "hostname": platform.node(),
+        "kernel": platform.release(),
+        "architecture": platform.machine(),
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "usable_cores": len(os.sched_getaffinity(0)),
+        "numa_nodes": len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))) or None,
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "container": _container(),
+        "devices": describe_devices(),
+    }
+
+
+def _cpu_model() -> str | None:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found.group(1).strip() if found else None
+
+
+def _container() -> str | None:
+    """Name of the image that this process runs in (its digest is part of the name), or null."""
+    image = os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER")
+    if image:
+        return Path(image).name
+    return next((name for path, name in (("/.dockerenv", "docker"), ("/run/.containerenv", "podman")) if Path(path).exists()), None)
