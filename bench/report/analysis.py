@@ -1,0 +1,245 @@
+"""Everything that tables, figures and headline say, worked out once from the inventory."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import groupby
+
+from bench.cell import Cell
+from bench.report.bands import Band, judge_bands
+from bench.report.inventory import BASELINE, STAGE_ORDER, Inventory, Missing, Row, cell_order
+from bench.report.metrics import METRICS, Trial, primary_metric
+from bench.report.parity import Parity, comparison_key, judge
+from bench.report.statistics import Comparison, Summary, compare, verdicts
+
+MEMORY = ("device_memory_gib", "peak_allocated_gib", "host_peak_gib")
+"""Memory metrics, the most telling first."""
+
+
+@dataclass(eq=False)
+class CellResult:
+    """One row of a table: a cell and its trials."""
+
+    cell: Cell
+    trials: tuple[Trial, ...]
+    files: tuple[str, ...]
+    parities: tuple[Parity, ...]
+    bands: tuple[Band, ...]
+    missing: tuple[Missing, ...] = ()
+    comparison: Comparison | None = None
+    """Speed against `naive`, where both were measured and neither is struck."""
+    verdict: str = ""
+    """Of that comparison, or why there is none."""
+
+    @cached_property
+    def ok(self) -> tuple[Trial, ...]:
+        """The trials that ended well."""
+        return tuple(trial for trial in self.trials if trial.record.outcome == "ok")
+
+    @property
+    def outcomes(self) -> Counter[str]:
+        """How many trials ended how; planned trials without a record count as missing."""
+        return Counter([trial.record.outcome for trial in self.trials] + ["missing"] * len(self.missing))
+
+    @cached_property
+    def clock_problem(self) -> str | None:
+        """Why times and memory of this cell mean nothing, or None."""
+        return next((trial.clock_problem for trial in self.trials if trial.clock_problem), None)
+
+    @cached_property
+    def parity(self) -> Parity | None:
+        """The worst verdict over trials: struck, no partner, agrees, reference."""
+        order = ("struck", "no partner", "agrees", "reference")
+        worst = max((item.curve or 0.0 for item in self.parities), default=0.0)
+        key: Callable[[Parity], tuple[int, bool]] = lambda item: (order.index(item.state), (item.curve or 0.0) != worst)  # noqa: E731
+        return min(self.parities, key=key, default=None)
+
+    @cached_property
+    def band(self) -> Band | None:
+        """The worst band verdict over trials."""
+        order = ("outside", "undefined", "inside")
+        return min(self.bands, key=lambda item: order.index(item.state), default=None)
+
+    @property
+    def indicative(self) -> str | None:
+        """Why the window is too short to publish, or None."""
+        return next((trial.window.indicative for trial in self.ok if trial.window and trial.window.indicative), None)
+
+    @property
+    def unsteady(self) -> bool:
+        """Whether a trial's step times kept drifting."""
+        return any(trial.window is not None and trial.window.steady is False for trial in self.ok)
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """What the trials flagged, in order, once each."""
+        return tuple(dict.fromkeys(flag for trial in self.trials for flag in trial.record.flags))
+
+    def summary(self, name: str) -> Summary | None:
+        """A metric over the ok trials; None where none of them has it."""
+        points = [trial.values[name].number for trial in self.ok if name in trial.values]
+        known = tuple(value for value in points if value is not None)
+        return Summary(known) if known else None
+
+    def why_none(self, name: str) -> str:
+        """Why `summary` has no value."""
+        if not self.ok:
+            return "no ok trial"
+        values = [trial.values.get(name) for trial in self.ok]
+        return next((value.reason for value in values if value and value.reason), "not a metric of this stage")
+
+    @property
+    def ranked(self) -> bool:
+        """Whether its speed and memory may be compared: measured, ok, losses not struck."""
+        return bool(self.ok) and self.clock_problem is None and not (self.parity and self.parity.state == "struck")
+
+
+@dataclass(frozen=True, slots=True)
+class RankedSet:
+    """Cells that differ in nothing but the strategy (and `naive`, which runs on one rank)."""
+
+    cell: Cell
+    """One of them, for what they share."""
+    results: tuple[CellResult, ...]
+
+    def best(self, name: str, *, highest: bool) -> CellResult | None:
+        """The ranked cell with the best median; None where fewer than two have one."""
+        known = [(summary.middle, result) for result in self.results if result.ranked and (summary := result.summary(name))]
+        if len(known) < 2:
+            return None
+        return (max if highest else min)(known, key=lambda item: item[0])[1]
+
+
+@dataclass(eq=False)
+class Analysis:
+    """The inventory with all verdicts."""
+
+    inventory: Inventory
+    results: tuple[CellResult, ...] = ()
+    parities: dict[str, Parity] = field(default_factory=dict)
+    bands: dict[str, Band] = field(default_factory=dict)
+    trials: dict[str, Trial] = field(default_factory=dict)
+
+    def of_stage(self, stage: str) -> tuple[CellResult, ...]:
+        """The cells of a stage, in the order of its table."""
+        return tuple(result for result in self.results if result.cell.stage == stage)
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Stages with a cell, first to last."""
+        return tuple(stage for stage in STAGE_ORDER if self.of_stage(stage))
+
+    @cached_property
+    def strategies(self) -> tuple[str, ...]:
+        """Strategies with a cell, `naive` first."""
+        return tuple(sorted({result.cell.strategy for result in self.results}, key=lambda name: (name != BASELINE, name)))
+
+    @property
+    def outcomes(self) -> Counter[str]:
+        """How many records ended how."""
+        return Counter(row.record.outcome for row in self.inventory.rows)
+
+    @cached_property
+    def measured(self) -> bool:
+        """Whether any ok trial has a clock that counts."""
+        return any(trial.clock_problem is None for result in self.results for trial in result.ok)
+
+    @cached_property
+    def random_weights(self) -> bool:
+        """Whether every cell began from random weights."""
+        return all(result.cell.settings.weights == "random" for result in self.results)
+
+    @cached_property
+    def ranked_sets(self) -> tuple[RankedSet, ...]:
+        """Comparison sets with at least two ranked cells on the same number of ranks."""
+        groups: dict[tuple[str, int, int], list[CellResult]] = defaultdict(list)
+        for result in self.results:
+            groups[(comparison_key(result.cell), result.cell.nodes, result.cell.processes_per_node)].append(result)
+        return tuple(RankedSet(members[0].cell, tuple(members)) for members in groups.values() if sum(it.ranked for it in members) > 1)
+
+
+def analyse(inventory: Inventory, references: Sequence[Row] = ()) -> Analysis:
+    """Work out trials, parity, bands, and comparisons with `naive`."""
+    parities, bands = judge(inventory.rows), judge_bands(inventory.rows, references)
+    trials = {row.file: Trial(row) for row in inventory.rows}
+    missing: dict[str, list[Missing]] = defaultdict(list)
+    for item in inventory.missing:
+        missing[item.cell.cell_id].append(item)
+    results = []
+    for cell_id, members in groupby(inventory.rows, key=lambda row: row.record.cell_id):
+        results.append(_result(list(members), trials, parities, bands, missing.pop(cell_id, [])))
+    results += [CellResult(items[0].cell, (), (), (), (), tuple(items)) for items in missing.values()]
+    results.sort(key=lambda result: cell_order(result.cell))
+    _compare_speed(results)
+    return Analysis(inventory, tuple(results), parities, bands, trials)
+
+
+def _result(rows: list[Row], trials: dict[str, Trial], parities: dict[str, Parity], bands: dict[str, Band], missing: list[Missing]) -> CellResult:
+    files = tuple(row.file for row in rows)
+    return CellResult(
+        rows[0].cell,
+        tuple(trials[file] for file in files),
+        files,
+        tuple(parities[file] for file in files if file in parities),
+        tuple(bands[file] for file in files if file in bands),
+        tuple(missing),
+    )
+
+
+# -- speed against naive -----------------------------------------------------------------------------------------
+
+
+def _compare_speed(results: Sequence[CellResult]) -> None:
+    """Fill in comparison and verdict; one family is the strategies with the same `naive` partner."""
+    families: dict[str, list[CellResult]] = defaultdict(list)
+    for result in results:
+        families[comparison_key(result.cell)].append(result)
+    for members in families.values():
+        baseline = next((it for it in members if it.cell.strategy == BASELINE), None)
+        compared = []
+        for result in members:
+            result.verdict = _why_not(result, baseline)
+            ratios = [] if result.verdict else _ratios(result, baseline)
+            if ratios:
+                result.comparison = compare(ratios)
+                compared.append(result)
+            elif not result.verdict:
+                result.verdict = "no claim (no pair of ok trials)"
+        for result, verdict in zip(compared, verdicts([it.comparison for it in compared if it.comparison]), strict=True):
+            result.verdict = verdict
+
+
+def _why_not(result: CellResult, baseline: CellResult | None) -> str:
+    if result.clock_problem:
+        return "no claim (not measured)"
+    if result.parity and result.parity.state == "struck":
+        return "struck"
+    if not result.ok:
+        return "no claim (no ok trial)"
+    if result is baseline:
+        return "baseline"
+    if baseline is None or not baseline.ranked:
+        return "no claim (no measured naive)"
+    return ""
+
+
+def _ratios(result: CellResult, baseline: CellResult | None) -> list[float]:
+    """Primary metric over that of `naive`, paired by trial."""
+    name = primary_metric(result.cell.stage)
+    assert baseline is not None
+    theirs = {trial.record.trial: trial.values[name].number for trial in baseline.ok}
+    pairs = [(trial.values[name].number, theirs.get(trial.record.trial)) for trial in result.ok]
+    return [mine / other for mine, other in pairs if mine and other]
+
+
+def memory_metric(results: Sequence[CellResult]) -> str:
+    """The memory metric that a table shows: the most telling one that any of its cells has."""
+    return next((name for name in MEMORY if any(result.summary(name) for result in results)), MEMORY[0])
+
+
+def direction(name: str) -> str:
+    """`higher`, `lower` or `none` is better."""
+    return METRICS[name].direction

@@ -1,0 +1,186 @@
+"""The answer in words: what ran, whether losses agree, what is fastest and what fits, and how far that can be believed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from bench.report.analysis import Analysis, CellResult, RankedSet, memory_metric
+from bench.report.metrics import METRICS, primary_metric
+from bench.report.text import counted, listed, lora, number, shape
+from bench.stages.base import SPECS
+
+SHOWN_SETS = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """One number of the summary strip."""
+
+    label: str
+    value: str
+    note: str = ""
+    kind: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Which strategy is fastest and which needs least memory in one comparison set."""
+
+    question: str
+    fastest: str
+    fastest_note: str
+    leanest: str
+    leanest_note: str
+
+
+def sentences(analysis: Analysis) -> list[str]:
+    """The headline, most important first."""
+    return [_what_ran(analysis), _whether_losses_agree(analysis), *_speed(analysis), *_bands(analysis), *_quality(analysis)]
+
+
+def _what_ran(analysis: Analysis) -> str:
+    outcomes, plan = analysis.outcomes, analysis.inventory.plan
+    failed = {name: count for name, count in sorted(outcomes.items()) if name != "ok"}
+    parts = [f"{outcomes['ok']} of {counted(sum(outcomes.values()), 'trial')} ended ok"]
+    if failed:
+        parts.append(f"{sum(failed.values())} did not ({listed([f'{count} {name}' for name, count in failed.items()])})")
+    if plan is not None:
+        parts.append(f"{counted(len(plan.skipped), 'cell was', 'cells were')} skipped as impossible")
+    if analysis.inventory.missing:
+        parts.append(f"{counted(len(analysis.inventory.missing), 'planned trial has', 'planned trials have')} no record")
+    return f"{listed(parts)}."
+
+
+def parity_states(analysis: Analysis) -> Counter[str]:
+    """How many ok trials have which parity verdict."""
+    return Counter(parity.state for parity in analysis.parities.values())
+
+
+def _whether_losses_agree(analysis: Analysis) -> str:
+    states = parity_states(analysis)
+    judged = states["agrees"] + states["struck"]
+    if not judged:
+        return "No trial could be compared with naive, so nothing says whether the strategies compute the same."
+    worst = _worst(analysis)
+    tail = f" ({worst})" if worst else ""
+    rest = f" {counted(states['no partner'], 'trial has', 'trials have')} no partner to be compared with." if states["no partner"] else ""
+    if not states["struck"]:
+        return f"Losses agree: {_all(judged)} with naive within tolerance{tail}.{rest}"
+    names = sorted({analysis.trials[file].cell.strategy for file, parity in analysis.parities.items() if parity.state == "struck"})
+    return (
+        f"Losses do not all agree: {states['struck']} of {counted(judged, 'comparable trial')} ({listed(names)}) "
+        f"{'is' if states['struck'] == 1 else 'are'} struck and not ranked.{rest}"
+    )
+
+
+def _all(judged: int) -> str:
+    return "the one comparable trial agrees" if judged == 1 else f"all {judged} comparable trials agree"
+
+
+def _worst(analysis: Analysis) -> str:
+    """Largest deviation of the agreeing trials, in fp32 and in 16 bits."""
+    largest: dict[str, float] = {}
+    for file, parity in analysis.parities.items():
+        if parity.state == "agrees" and parity.curve is not None:
+            kind = "fp32" if analysis.trials[file].cell.settings.precision == parity.partner_precision == "fp32" else "16 bits"
+            largest[kind] = max(largest.get(kind, 0.0), parity.curve)
+    return "largest deviation " + listed([f"{value:.1e} in {kind}" for kind, value in sorted(largest.items(), reverse=True)]) if largest else ""
+
+
+def _speed(analysis: Analysis) -> Iterator[str]:
+    if not analysis.measured:
+        reasons = sorted({result.clock_problem for result in analysis.results if result.clock_problem})
+        if reasons:
+            yield f"No time or memory is claimed: {listed(reasons)}. Such figures are greyed and never compared."
+        return
+    for stage in analysis.stages:
+        sets = [item for item in analysis.ranked_sets if item.cell.stage == stage]
+        if sentence := _stage_sentence(stage, sets):
+            yield sentence
+
+
+def _stage_sentence(stage: str, sets: list[RankedSet]) -> str:
+    fastest = Counter(best.cell.strategy for item in sets if (best := _fastest(item)))
+    leanest = Counter(best.cell.strategy for item in sets if (best := _leanest(item)))
+    if not fastest:
+        return ""
+    total = sum(fastest.values())
+    words = f"{SPECS[stage].title}: {_leaders(fastest, total)} {'has' if len(fastest) == 1 else 'have'} the highest throughput"
+    if leanest:
+        words += f", {_leaders(leanest, sum(leanest.values()))} the least memory"
+    claims = {best.verdict for item in sets if (best := _fastest(item))}
+    few = all("no claim" in claim or claim == "baseline" for claim in claims)
+    return f"{words}{' (observed; too few trials for a claim)' if few else ''}."
+
+
+def _leaders(counts: Counter[str], total: int) -> str:
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return ordered[0][0] if len(ordered) == 1 else listed([f"{name} ({count} of {total} comparisons)" for name, count in ordered])
+
+
+def _bands(analysis: Analysis) -> Iterator[str]:
+    states = Counter(band.state for band in analysis.bands.values())
+    if states:
+        parts = [f"{states[state]} {state}" for state in ("inside", "outside", "undefined") if states[state]]
+        yield f"Against stored records of this device: {listed(parts)} the reference band."
+
+
+def _quality(analysis: Analysis) -> Iterator[str]:
+    if analysis.random_weights and analysis.results:
+        yield "Random weights: no quality claim. Held-out figures only show that training learns, and serve parity."
+
+
+# -- answers -----------------------------------------------------------------------------------------------------
+
+
+def _fastest(item: RankedSet) -> CellResult | None:
+    return item.best(primary_metric(item.cell.stage), highest=True)
+
+
+def _leanest(item: RankedSet) -> CellResult | None:
+    return item.best(memory_metric(item.results), highest=False)
+
+
+def answers(analysis: Analysis) -> list[Answer]:
+    """One answer for each comparison set with two measured strategies at least."""
+    found = []
+    for item in analysis.ranked_sets:
+        fastest, leanest = _fastest(item), _leanest(item)
+        if fastest is None or leanest is None:
+            continue
+        primary, memory = primary_metric(item.cell.stage), memory_metric(item.results)
+        found.append(Answer(_question(item), fastest.cell.strategy, _note(fastest, primary), leanest.cell.strategy, _note(leanest, memory)))
+    return found
+
+
+def _question(item: RankedSet) -> str:
+    cell = item.cell
+    adapters = f"LoRA {lora(cell)}" if cell.lora_rank else "full fine-tuning"
+    return f"{SPECS[cell.stage].title} · {cell.model} · {adapters} · {shape(cell)} · {cell.settings.precision}"
+
+
+def _note(result: CellResult, name: str) -> str:
+    summary = result.summary(name)
+    assert summary is not None
+    points = f"{number(min(summary.points))} to {number(max(summary.points))}, " if len(summary.points) > 1 else ""
+    claim = "" if result.verdict == "baseline" or METRICS[name].unit == "GiB" else f"; {result.verdict}"
+    return f"{number(summary.middle)} {METRICS[name].unit} ({points}n = {len(summary.points)}{claim})"
+
+
+def tiles(analysis: Analysis) -> list[Tile]:
+    """The summary strip."""
+    outcomes, states, plan = analysis.outcomes, parity_states(analysis), analysis.inventory.plan
+    failed, total = sum(outcomes.values()) - outcomes["ok"], sum(outcomes.values())
+    judged = states["agrees"] + states["struck"]
+    strips = [
+        Tile("trials ok", str(outcomes["ok"]), f"of {total}", "good" if failed == 0 else ""),
+        Tile("failed", str(failed), "a failure is a result", "bad" if failed else ""),
+        Tile("losses agree", f"{states['agrees']}", f"of {judged} compared with naive", "bad" if states["struck"] else "good" if judged else ""),
+        Tile("strategies", str(len(analysis.strategies)), f"in {counted(len(analysis.stages), 'stage')}"),
+    ]
+    if plan is not None:
+        strips.insert(2, Tile("skipped", str(len(plan.skipped)), "impossible, with reasons"))
+        strips.insert(3, Tile("missing", str(len(analysis.inventory.missing)), "planned, no record", "warn" if analysis.inventory.missing else ""))
+    return strips

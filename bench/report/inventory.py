@@ -1,0 +1,129 @@
+"""What there is to report on: records, what the plan expects beside them, and files that are no records. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from bench.cell import SETTINGS, Cell
+from bench.errors import RecordError, UserError
+from bench.matrix import Plan, load_plan
+from bench.record import Record, load_record
+
+STAGE_ORDER = {stage: index for index, stage in enumerate(SETTINGS)}
+BASELINE = "naive"
+"""The strategy that every other one is compared with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A valid record, its cell as a value, and where it lies below the records folder."""
+
+    record: Record
+    cell: Cell
+    file: str
+
+
+@dataclass(frozen=True, slots=True)
+class BadFile:
+    """A JSON file that cannot be reported on, and why."""
+
+    file: str
+    problem: str
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """A trial that the plan has and the records lack."""
+
+    cell: Cell
+    trial: int
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """Everything that the report shows is drawn from here."""
+
+    rows: tuple[Row, ...]
+    bad_files: tuple[BadFile, ...]
+    plan: Plan | None
+
+    @property
+    def missing(self) -> tuple[Missing, ...]:
+        """Planned trials without a record, in the order of the tables."""
+        if self.plan is None:
+            return ()
+        there = {(row.record.cell_id, row.record.trial) for row in self.rows}
+        cells = sorted(self.plan.cells.items(), key=lambda item: cell_order(item[1]))
+        return tuple(Missing(cell, trial) for key, cell in cells for trial in range(self.plan.trials) if (key, trial) not in there)
+
+    @property
+    def title(self) -> str:
+        """Name of the suite, as far as it is known."""
+        return self.plan.suite if self.plan else "records"
+
+
+def cell_order(cell: Cell) -> tuple[object, ...]:
+    """Sort key of tables and figures: stage, model, LoRA rank, ranks, then `naive` before the other strategies."""
+    return (
+        STAGE_ORDER[cell.stage],
+        cell.model,
+        cell.lora_rank,
+        cell.nodes,
+        cell.processes_per_node,
+        cell.strategy != BASELINE,
+        cell.strategy,
+        cell.cell_id,
+    )
+
+
+def read_inventory(records: Path, plan: Path | None = None) -> Inventory:
+    """Read every `*.json` below `records`. Raises UserError if the folder is missing or holds no JSON file at all."""
+    if not records.is_dir():
+        raise UserError(f"{records}: there is no such folder; give the folder of records, for example results/quickstart/records")
+    files = sorted(path for path in records.rglob("*.json") if not path.name.startswith("."))
+    if not files and plan is None:
+        raise UserError(f"{records}: no records; seen: no *.json file below it; run a suite first (`coati-bench run SUITE`)")
+    rows, bad_files = _read_rows(records, files)
+    if not rows and not bad_files:
+        raise UserError(f"{records}: no records; seen: 0 of the planned trials; run the suite first (`coati-bench run SUITE`)")
+    return Inventory(tuple(sorted(rows, key=_row_order)), tuple(bad_files), load_plan(plan) if plan else None)
+
+
+def _row_order(row: Row) -> tuple[object, ...]:
+    return (*cell_order(row.cell), row.record.trial, row.file)
+
+
+def _read_rows(records: Path, files: Iterable[Path]) -> tuple[list[Row], list[BadFile]]:
+    rows: list[Row] = []
+    bad_files: list[BadFile] = []
+    first: dict[tuple[str, int], str] = {}
+    for path in files:
+        name = path.relative_to(records).as_posix()
+        row = _read_row(path, name)
+        if isinstance(row, BadFile):
+            bad_files.append(row)
+            continue
+        known = first.setdefault((row.record.cell_id, row.record.trial), name)
+        if known == name:
+            rows.append(row)
+        else:
+            bad_files.append(BadFile(name, f"repeats trial {row.record.trial} of the cell in {known}, which is the one shown"))
+    return rows, bad_files
+
+
+def _read_row(path: Path, name: str) -> Row | BadFile:
+    try:
+        record = load_record(path)
+    except RecordError as error:
+        return BadFile(name, str(error).replace(str(path), name))
+    try:
+        return Row(record, record.parsed_cell, name)
+    except KeyError:
+        return BadFile(name, f"not a record; unknown stage: {record.cell.get('stage')!r}")
+    except ValidationError as error:
+        first = error.errors()[0]
+        return BadFile(name, f"not a record; its cell at {'.'.join(map(str, first['loc']))}: {first['msg']}")

@@ -1,0 +1,41 @@
+"""From records to a report: a pure function. The same records give the same bytes; no clock, host or folder enters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from bench.report.analysis import analyse
+from bench.report.bands import read_references
+from bench.report.export import csv_text, result_rows, result_table, write_parquet
+from bench.report.html import html
+from bench.report.inventory import read_inventory
+from bench.report.markdown import markdown
+from bench.report.page import make_page
+
+
+class ReportPaths(NamedTuple):
+    """The files of a report."""
+
+    html: Path
+    markdown: Path
+    parquet: Path
+    csv: Path
+
+
+def make_report(records: Path, output: Path, *, plan: Path | None = None, references: Path | None = None) -> ReportPaths:
+    """Write report.html, report.md, results.parquet and results.csv into `output`.
+
+    `plan` (plan.json) adds what was skipped and what is missing; `references` (stored records) adds the reference band.
+    Raises UserError where there are no records. Files that are no valid records are named in the report, not dropped.
+    """
+    analysis = analyse(read_inventory(records, plan), read_references(references))
+    page = make_page(analysis)
+    paths = ReportPaths(*(output / name for name in ("report.html", "report.md", "results.parquet", "results.csv")))
+    output.mkdir(parents=True, exist_ok=True)
+    paths.html.write_text(html(page), encoding="utf-8")
+    paths.markdown.write_text(markdown(page), encoding="utf-8")
+    table = result_table(result_rows(analysis))
+    write_parquet(table, paths.parquet)
+    paths.csv.write_text(csv_text(table), encoding="utf-8")
+    return paths

@@ -1,0 +1,211 @@
+"""What every rendering of a report shows, in order: one value that HTML and Markdown both read."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from bench.cell import Cell
+from bench.record import Record
+from bench.report.analysis import Analysis, CellResult
+from bench.report.headline import Answer, Tile, answers, sentences, tiles
+from bench.report.inventory import BadFile
+from bench.report.plots import Figure, stage_figures
+from bench.report.provenance import DataSet, Fact, data_sets, provenance_facts, run_facts, without_paths
+from bench.report.tables import Table, cell_words, stage_table
+from bench.report.text import counted, first_line, lora, shape
+from bench.stages.base import SPECS
+
+SYMBOLS = {
+    "ok": "✓",
+    "struck": "≠",
+    "failed": "✕",
+    "skipped": "–",
+    "missing": "?",
+}
+STATE_WORDS = {
+    "ok": "ran, losses not struck",
+    "struck": "ran, but losses differ from naive",
+    "failed": "a trial did not end ok",
+    "skipped": "impossible, with a reason",
+    "missing": "planned, no record",
+}
+WORST_FIRST = ("failed", "struck", "missing", "ok", "skipped")
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A record whose outcome is not ok."""
+
+    cell: str
+    trial: int
+    outcome: str
+    reason: str
+    """First line."""
+    log: str
+    """The rest: last log lines."""
+    file: str
+    strategy: str
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """Cells that share a reason: skipped, struck or without a partner."""
+
+    reason: str
+    cells: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """What ran: strategies down, LoRA rank and ranks across."""
+
+    columns: tuple[str, ...]
+    lines: tuple[tuple[str, tuple[str, ...]], ...]
+    """Strategy and the state of each column; empty where the matrix has no such cell."""
+
+
+@dataclass(frozen=True, slots=True)
+class StagePart:
+    """One stage's part of the page."""
+
+    name: str
+    title: str
+    grid: Grid
+    table: Table
+    figures: tuple[Figure, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """The report."""
+
+    title: str
+    sentences: tuple[str, ...]
+    badges: tuple[str, ...]
+    tiles: tuple[Tile, ...]
+    answers: tuple[Answer, ...]
+    stages: tuple[StagePart, ...]
+    failures: tuple[Failure, ...]
+    struck: tuple[Notice, ...]
+    skipped: tuple[Notice, ...]
+    missing: tuple[str, ...]
+    bad_files: tuple[BadFile, ...]
+    run: tuple[Fact, ...]
+    provenance: tuple[Fact, ...]
+    data: tuple[DataSet, ...]
+    strategies: tuple[tuple[str, int], ...]
+    """Name and style."""
+
+
+def make_page(analysis: Analysis) -> Page:
+    """Everything that the report says, in the order in which it says it."""
+    from bench.report.plots import style_of
+
+    inventory = analysis.inventory
+    skipped = [(without_paths(item.reason), cell_words(item.cell)) for item in inventory.plan.skipped] if inventory.plan else []
+    struck = [(parity.reason, cell_words(analysis.trials[file].cell)) for file, parity in analysis.parities.items() if parity.state == "struck"]
+    return Page(
+        title=inventory.title,
+        sentences=tuple(sentences(analysis)),
+        badges=tuple(_badges(analysis)),
+        tiles=tuple(tiles(analysis)),
+        answers=tuple(answers(analysis)),
+        stages=tuple(_stage(analysis, stage) for stage in analysis.stages),
+        failures=tuple(_failures(analysis)),
+        struck=tuple(_notices(struck)),
+        skipped=tuple(_notices(skipped)),
+        missing=tuple(f"{cell_words(item.cell)} · trial {item.trial}" for item in inventory.missing),
+        bad_files=tuple(BadFile(item.file, without_paths(item.problem)) for item in inventory.bad_files),
+        run=tuple(run_facts(inventory)) if inventory.rows else (),
+        provenance=tuple(provenance_facts(inventory)),
+        data=tuple(data_sets(inventory.rows)),
+        strategies=tuple((name, style_of(name, analysis)) for name in analysis.strategies),
+    )
+
+
+def _badges(analysis: Analysis) -> Iterable[str]:
+    records = [row.record for row in analysis.inventory.rows]
+    if any(record.emulated for record in records):
+        yield "emulated: times and memory mean nothing"
+    if any(record.simulated_nodes for record in records):
+        yield "simulated nodes"
+    if any(result.indicative and result.clock_problem is None for result in analysis.results):
+        yield "indicative: short windows"
+    if analysis.random_weights and records:
+        yield "random weights: no quality claim"
+
+
+def _failures(analysis: Analysis) -> Iterable[Failure]:
+    for result in analysis.results:
+        for trial, file in zip(result.trials, result.files, strict=True):
+            if trial.record.outcome != "ok":
+                yield _failure(trial.record, result.cell, file)
+
+
+def _failure(record: Record, cell: Cell, file: str) -> Failure:
+    reason = without_paths(record.reason or "no reason was recorded")
+    log = "\n".join(reason.splitlines()[1:])
+    return Failure(cell_words(cell), record.trial, record.outcome, first_line(reason), log, file, cell.strategy)
+
+
+def _notices(pairs: Iterable[tuple[str, str]]) -> list[Notice]:
+    groups: dict[str, list[str]] = defaultdict(list)
+    for reason, cell in pairs:
+        groups[reason].append(cell)
+    return [Notice(reason, tuple(groups[reason])) for reason in sorted(groups, key=lambda key: (-len(groups[key]), key))]
+
+
+# -- one stage ---------------------------------------------------------------------------------------------------
+
+
+def _stage(analysis: Analysis, stage: str) -> StagePart:
+    results = analysis.of_stage(stage)
+    table = stage_table(results, bands=bool(analysis.bands))
+    return StagePart(stage, SPECS[stage].title, _grid(analysis, stage), table, tuple(stage_figures(analysis, stage)), tuple(_notes(results)))
+
+
+def _notes(results: Iterable[CellResult]) -> Iterable[str]:
+    """Below a table: why clocks do not count, which flags were raised, where a chain has no partner."""
+    found: dict[str, int] = defaultdict(int)
+    for result in results:
+        if result.clock_problem:
+            found[f"Greyed times and memory are no measurements: {result.clock_problem}."] += 1
+        for flag in result.flags:
+            found[f"Flagged: {without_paths(flag)}."] += 1
+        if result.parity and result.parity.state == "no partner":
+            found[f"Not compared: {result.parity.reason}."] += 1
+        if result.indicative and result.clock_problem is None:
+            found[f"Indicative: {result.indicative}."] += 1
+    return [f"{text} ({counted(count, 'cell')})" for text, count in found.items()]
+
+
+def _grid(analysis: Analysis, stage: str) -> Grid:
+    states: dict[tuple[str, tuple[object, ...]], list[str]] = defaultdict(list)
+    names: dict[tuple[object, ...], str] = {}
+    skipped = [item.cell for item in analysis.inventory.plan.skipped if item.cell.stage == stage] if analysis.inventory.plan else []
+    entries = [(result.cell, _state(result)) for result in analysis.of_stage(stage)] + [(cell, "skipped") for cell in skipped]
+    several = len({cell.model for cell, _ in entries}) > 1
+    for cell, state in entries:
+        key = (cell.model, cell.lora_rank, cell.nodes, cell.processes_per_node)
+        names[key] = " · ".join([cell.model] * several + [f"LoRA {lora(cell)}" if cell.lora_rank else "full", shape(cell)])
+        states[(cell.strategy, key)].append(state)
+    rows = sorted({cell.strategy for cell, _ in entries}, key=lambda name: (name != "naive", name))
+    columns = sorted(names, key=lambda key: tuple(map(_sortable, key)))
+    worst = {key: min(found, key=WORST_FIRST.index) for key, found in states.items()}
+    lines = tuple((name, tuple(worst.get((name, key), "") for key in columns)) for name in rows)
+    return Grid(tuple(names[key] for key in columns), lines)
+
+
+def _sortable(value: object) -> tuple[str, int]:
+    return ("", value) if isinstance(value, int) else (str(value), 0)
+
+
+def _state(result: CellResult) -> str:
+    if any(name not in ("ok", "missing") for name in result.outcomes):
+        return "failed"
+    if result.parity and result.parity.state == "struck":
+        return "struck"
+    return "missing" if result.missing else "ok"

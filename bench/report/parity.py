@@ -1,0 +1,177 @@
+"""Parity of losses with `naive`: the gate in front of every ranking. Rules: docs/metrics.md, "Parity".
+
+A strategy computes the same as `naive` or it is struck: shown with the reason, never ranked.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from bench.cell import Cell, canonical_json, cell_to_json
+from bench.record import Record
+from bench.report.inventory import BASELINE, Row
+
+FP32_FIRST, FP32_CURVE = 1e-5, 1e-4
+HALF_FIRST, HALF_CURVE, HALF_PEERS = 2e-2, 5e-2, 1e-3
+HALF_STEPS = 10
+"""Steps of the curve that are compared in 16 bits."""
+PPO_SCALE = 1.0
+"""The policy's loss begins near 0 (whitened advantages), so deviations of PPO are relative to at least the advantages' own scale."""
+SAME_LOSS = ("precision", "global_batch", "scaling", "launcher", "micro_batch", "lap_steps", "activation_checkpointing")
+"""Settings that a parity partner may have otherwise; the batch of a whole step stands for the first ones."""
+SAME_SPEED = ("global_batch", "scaling")
+ROLES = ("tokenizer", "policy", "reward")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parity:
+    """Verdict on one trial's losses."""
+
+    state: str
+    """`reference`, `agrees`, `struck`, `no partner`."""
+    reason: str = ""
+    first: float | None = None
+    """Relative deviation of the first loss from the partner's."""
+    curve: float | None = None
+    """Largest relative deviation over the compared steps."""
+    steps: int = 0
+    """How many steps were compared."""
+    partner: str | None = None
+    """File of the partner's record."""
+    partner_precision: str | None = None
+
+    @property
+    def text(self) -> str:
+        """One line."""
+        return f"{self.state}: {self.reason}" if self.reason else self.state
+
+
+def comparison_key(cell: Cell, free: Sequence[str] = SAME_SPEED) -> str:
+    """What a cell shares with its `naive` partner: stage, model, LoRA rank, step batch and all settings but `free`."""
+    content = {key: value for key, value in cell_to_json(cell).items() if key not in (*free, "strategy", "nodes", "processes_per_node")}
+    return canonical_json({**content, "step_batch": cell.step_batch})
+
+
+def _parity_key(row: Row) -> tuple[str, int, str]:
+    data = sorted((item.name, item.sha256) for item in row.record.inputs if item.name not in ROLES)
+    return comparison_key(row.cell, SAME_LOSS), row.record.seed, canonical_json(data)
+
+
+def losses(record: Record) -> list[float]:
+    """The job's loss of each step; empty if it left none."""
+    return record.lead.series.get("loss", []) if record.lead else []
+
+
+def judge(rows: Iterable[Row]) -> dict[str, Parity]:
+    """The verdict on every record that has losses, by file."""
+    groups: dict[tuple[str, int, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        if losses(row.record) and row.record.outcome == "ok":
+            groups[_parity_key(row)].append(row)
+    found: dict[str, Parity] = {}
+    for members in groups.values():
+        baselines = [row for row in members if row.cell.strategy == BASELINE]
+        verdicts = {row.file: _against_naive(row, baselines) for row in members}
+        found |= _against_peers(members, verdicts)
+    return found
+
+
+# -- against naive -----------------------------------------------------------------------------------------------
+
+
+def _against_naive(row: Row, baselines: Sequence[Row]) -> Parity:
+    if row.cell.strategy == BASELINE:
+        return Parity(state="reference")
+    precision = row.cell.settings.precision
+    same = [item for item in baselines if item.cell.settings.precision == precision]
+    full = [item for item in baselines if item.cell.settings.precision == "fp32"]
+    partners = same or full
+    if not partners:
+        return Parity(state="no partner", reason=f"no ok trial of naive with this seed in {precision} or fp32")
+    return _compare(row, partners[0])
+
+
+def _compare(row: Row, partner: Row) -> Parity:
+    known = {"partner": partner.file, "partner_precision": partner.cell.settings.precision}
+    other = _other_start(row.record, partner.record)
+    if other:
+        chained = row.cell.settings.warm_start == "chain"
+        why = "a chain continues each cell's own weights" if chained else "the runs began from different warm starts"
+        return Parity(state="no partner", reason=f"other {other} than naive's: {why}", **known)
+    hashes = [_fact(item.record, "initial_weights_sha256") for item in (row, partner)]
+    if None not in hashes and hashes[0] != hashes[1]:
+        return Parity(state="struck", reason="initial weights differ from naive's (sha256)", **known)
+    return _compare_curves(row, partner, known)
+
+
+def _other_start(record: Record, partner: Record) -> str | None:
+    mine, theirs = ({item.name: item.sha256 for item in it.inputs if item.name in ROLES} for it in (record, partner))
+    return next((role for role in ROLES if mine.get(role) != theirs.get(role)), None)
+
+
+def _fact(record: Record, name: str) -> Any:
+    return record.lead.facts.get(name) if record.lead else None
+
+
+def _compare_curves(row: Row, partner: Row, known: dict[str, Any]) -> Parity:
+    mine, theirs = losses(row.record), losses(partner.record)
+    single = row.cell.settings.precision == partner.cell.settings.precision == "fp32"
+    first_allowed, curve_allowed = (FP32_FIRST, FP32_CURVE) if single else (HALF_FIRST, HALF_CURVE)
+    steps = compared_steps(row.cell.stage, row.record, exact=single)
+    gaps = deviations(mine[:steps], theirs[:steps], row.cell.stage)
+    result = Parity(state="agrees", first=gaps[0], curve=max(gaps), steps=len(gaps), **known)
+    if len(mine) != len(theirs):
+        return replace(result, state="struck", reason=f"{len(mine)} steps against naive's {len(theirs)}")
+    if gaps[0] > first_allowed:
+        return replace(result, state="struck", reason=f"first loss deviates by {gaps[0]:.1e}; allowed {first_allowed:.0e}")
+    if max(gaps) > curve_allowed:
+        step = gaps.index(max(gaps))
+        return replace(result, state="struck", reason=f"curve deviates by {max(gaps):.1e} at step {step}; allowed {curve_allowed:.0e}")
+    return result
+
+
+def compared_steps(stage: str, record: Record, *, exact: bool) -> int:
+    """Steps of the curve that parity compares.
+
+    PPO: those of the first iteration, since later ones learn from sampled tokens, of which rounding may flip one. 16 bits: a short curve.
+    """
+    total = len(losses(record))
+    if stage == "ppo" and record.lead and record.lead.series.get("reward"):
+        total = max(1, total // len(record.lead.series["reward"]))
+    return total if exact else min(total, HALF_STEPS)
+
+
+def deviations(values: Sequence[float], reference: Sequence[float], stage: str) -> list[float]:
+    """Relative deviation of each step.
+
+    >>> deviations([2.0, 1.1], [2.0, 1.0], "sft")[0]
+    0.0
+    """
+    least = PPO_SCALE if stage == "ppo" else 1e-12
+    return [abs(a - b) / max(abs(b), least) for a, b in zip(values, reference, strict=False)]
+
+
+# -- against each other ------------------------------------------------------------------------------------------
+
+
+def _against_peers(members: Sequence[Row], verdicts: dict[str, Parity]) -> dict[str, Parity]:
+    """Strike what disagrees with most other strategies of the same 16-bit mode; two that disagree are both struck."""
+    result = dict(verdicts)
+    for row in members:
+        if row.cell.strategy == BASELINE or row.cell.settings.precision == "fp32" or verdicts[row.file].state != "agrees":
+            continue
+        peers = [it for it in members if _is_peer(row, it) and verdicts[it.file].state == "agrees"]
+        gaps = [deviations(losses(row.record)[:1], losses(it.record)[:1], row.cell.stage)[0] for it in peers]
+        apart = [it.cell.strategy for it, gap in zip(peers, gaps, strict=True) if gap > HALF_PEERS]
+        if len(apart) * 2 > len(peers):
+            reason = f"first loss is up to {max(gaps):.1e} from {', '.join(sorted(set(apart)))} in the same precision; allowed {HALF_PEERS:.0e}"
+            result[row.file] = replace(verdicts[row.file], state="struck", reason=reason)
+    return result
+
+
+def _is_peer(row: Row, other: Row) -> bool:
+    strategies = {BASELINE, row.cell.strategy}
+    return other.cell.strategy not in strategies and other.cell.settings.precision == row.cell.settings.precision

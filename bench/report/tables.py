@@ -1,0 +1,214 @@
+"""The tables of a report, as values that HTML and Markdown both write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bench.cell import Cell, cell_to_json
+from bench.report.analysis import CellResult, memory_metric
+from bench.report.metrics import METRICS, primary_metric
+from bench.report.text import DASH, first_line, lora, number, shape, spread
+
+IDENTITY = ("stage", "model", "strategy", "lora_rank", "nodes", "processes_per_node")
+HIDDEN_SETTINGS = ("tokenizer_data",)
+
+
+@dataclass(frozen=True, slots=True)
+class TableCell:
+    """One entry: its text, a smaller second line, a sort key, and how it is to be read."""
+
+    text: str
+    note: str = ""
+    sort: float | str = ""
+    kind: str = ""
+    """`muted` (not a measurement), `good`, `bad`, `warn`, or nothing."""
+    hint: str = ""
+    """Longer text: a reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column: head, unit, explanation, whether it holds numbers."""
+
+    title: str
+    unit: str = ""
+    help: str = ""
+    numeric: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A row of a table, with what the toggles need."""
+
+    cells: tuple[TableCell, ...]
+    strategy: str
+    starts_group: bool = False
+    """Whether a new model, LoRA rank or number of ranks begins."""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table of one stage."""
+
+    columns: tuple[Column, ...]
+    lines: tuple[Line, ...]
+    fixed: tuple[tuple[str, str], ...]
+    """Settings that all its cells share, name and value."""
+
+
+Make = Callable[[CellResult], TableCell]
+
+
+def stage_table(results: Sequence[CellResult], *, bands: bool) -> Table:
+    """The table of one stage's cells; `bands` adds the reference band."""
+    varying, fixed = _settings(results)
+    several_models = len({result.cell.model for result in results}) > 1
+    makers = [*_identity(several_models), *(_setting(name) for name in varying), *_measured(results, bands=bands)]
+    starts = [_group(result.cell) != _group(before.cell) for before, result in zip([results[-1], *results], results, strict=False)]
+    lines = tuple(
+        Line(tuple(make(result) for _, make in makers), result.cell.strategy, first) for result, first in zip(results, starts, strict=True)
+    )
+    return Table(tuple(column for column, _ in makers), lines, fixed)
+
+
+def _group(cell: Cell) -> tuple[object, ...]:
+    return cell.model, cell.lora_rank, cell.nodes, cell.processes_per_node
+
+
+def _settings(results: Sequence[CellResult]) -> tuple[list[str], tuple[tuple[str, str], ...]]:
+    """Names of the settings that vary, and the others with their value."""
+    contents = [cell_to_json(result.cell) for result in results]
+    names = [name for name in contents[0] if name not in (*IDENTITY, *HIDDEN_SETTINGS)]
+    seen = {name: {_written(content[name]) for content in contents} for name in names}
+    varying = [name for name in names if len(seen[name]) > 1]
+    return varying, tuple((name, next(iter(seen[name]))) for name in names if name not in varying)
+
+
+def _written(value: Any) -> str:
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+# -- columns -----------------------------------------------------------------------------------------------------
+
+
+def _identity(several_models: bool) -> list[tuple[Column, Make]]:
+    columns: list[tuple[Column, Make]] = [
+        (Column("strategy", help="How model and optimizer state lie over ranks."), lambda it: TableCell(it.cell.strategy, sort=it.cell.strategy)),
+        (Column("LoRA", "rank", "Rank of the adapters; full trains all parameters.", numeric=True), lambda it: TableCell(lora(it.cell), sort=it.cell.lora_rank)),
+        (Column("nodes × ranks", "", "Nodes times processes per node."), lambda it: TableCell(shape(it.cell), sort=it.cell.world_size)),
+    ]  # fmt: skip
+    if several_models:
+        columns.insert(1, (Column("model"), lambda it: TableCell(it.cell.model, sort=it.cell.model)))
+    return columns
+
+
+def _setting(name: str) -> tuple[Column, Make]:
+    def make(result: CellResult) -> TableCell:
+        value = getattr(result.cell.settings, name)
+        return TableCell(_written(value), sort=value if isinstance(value, (int, float)) else _written(value))
+
+    return Column(name.replace("_", " "), help="A setting that differs between rows; see the suite's schema."), make
+
+
+def _measured(results: Sequence[CellResult], *, bands: bool) -> list[tuple[Column, Make]]:
+    stage = results[0].cell.stage
+    primary, memory = primary_metric(stage), memory_metric(results)
+    comparison = [
+        (Column("vs naive", "ratio", "Throughput over that of naive with the same settings, paired by trial.", numeric=True), ratio_cell),
+        (Column("claim", help="faster, slower or equal (within 3 %) only from enough paired trials; otherwise no claim."), claim_cell),
+    ]
+    columns = [
+        (Column("outcome", help="How the trials ended. Failures are results; their reasons stand below."), outcome_cell),
+        (Column("losses", help="Parity with naive: whether the strategy computes the same. Struck rows are never ranked."), parity_cell),
+        _metric_column(primary),
+        *(comparison if any(result.clock_problem is None for result in results) else []),
+        _metric_column("step_seconds", "iteration" if stage == "ppo" else "step"),
+        _metric_column(memory),
+        *(_metric_column(name) for name in _quality(stage)),
+    ]
+    if bands:
+        columns.append((Column("reference band", help="Whether a stored record of this cell on this device is repeated."), band_cell))
+    return columns
+
+
+def _quality(stage: str) -> tuple[str, ...]:
+    return {
+        "sft": ("final_loss", "held_out_loss_before", "held_out_loss_after"),
+        "rm": ("final_loss", "held_out_accuracy_before", "held_out_accuracy_after", "held_out_margin_after", "held_out_loss_after"),
+        "ppo": ("final_reward", "held_out_reward_before", "held_out_reward_after", "held_out_kl_after"),
+    }[stage]
+
+
+def _metric_column(name: str, title: str | None = None) -> tuple[Column, Make]:
+    item = METRICS[name]
+    return Column(title or item.title, item.unit, item.explanation, numeric=True), lambda result: metric_cell(result, name)
+
+
+def metric_cell(result: CellResult, name: str) -> TableCell:
+    """Median of a metric with its points or interval; greyed where the clock does not count; a dash with a reason where there is none."""
+    summary = result.summary(name)
+    if summary is None:
+        return TableCell(DASH, sort="", hint=result.why_none(name), kind="muted")
+    muted = METRICS[name].clocked and result.clock_problem
+    note = "" if muted else spread(summary)
+    hint = f"not a measurement: {result.clock_problem}" if muted else result.indicative or "" if METRICS[name].clocked else ""
+    return TableCell(number(summary.middle), note, summary.middle, "muted" if muted else "", hint)
+
+
+def outcome_cell(result: CellResult) -> TableCell:
+    """`ok`, or how many trials ended how."""
+    outcomes = result.outcomes
+    notes = [flag for flag, shown in (("indicative", _is_indicative(result)), ("not steady", result.unsteady and not result.clock_problem)) if shown]
+    if set(outcomes) == {"ok"}:
+        return TableCell("ok" if outcomes["ok"] == 1 else f"ok × {outcomes['ok']}", ", ".join(notes), "ok", "good", result.indicative or "" if notes else "")
+    text = ", ".join(f"{name} × {count}" if count > 1 else name for name, count in sorted(outcomes.items()))
+    reason = next((trial.record.reason for trial in result.trials if trial.record.reason), "") or ""
+    return TableCell(text, first_line(reason)[:80], text, "warn" if result.ok else "bad", reason)
+
+
+def _is_indicative(result: CellResult) -> bool:
+    return result.indicative is not None and result.clock_problem is None
+
+
+def parity_cell(result: CellResult) -> TableCell:
+    """The parity verdict with the largest deviation."""
+    parity = result.parity
+    if parity is None:
+        return TableCell(DASH, hint="no ok trial with losses", kind="muted")
+    note = f"{parity.curve:.1e}" if parity.curve is not None else ""
+    if parity.partner_precision and parity.partner_precision != result.cell.settings.precision:
+        note = f"{note} (naive in {parity.partner_precision})"
+    kind = {"agrees": "good", "struck": "bad", "no partner": "muted"}.get(parity.state, "")
+    return TableCell(parity.state, note.strip(), parity.curve if parity.curve is not None else "", kind, parity.reason)
+
+
+def ratio_cell(result: CellResult) -> TableCell:
+    """Throughput over that of `naive`."""
+    if result.comparison is None:
+        return TableCell(DASH, kind="muted", hint=result.verdict)
+    ratios = result.comparison.ratios
+    note = f"{min(ratios):.3f} to {max(ratios):.3f}" if len(ratios) > 1 else ""
+    return TableCell(f"{result.comparison.middle:.3f}", note, result.comparison.middle)
+
+
+def claim_cell(result: CellResult) -> TableCell:
+    """The verdict of the comparison."""
+    kind = {"faster": "good", "slower": "bad", "equal": "good", "struck": "bad"}.get(result.verdict, "muted")
+    return TableCell(result.verdict, sort=result.verdict, kind=kind)
+
+
+def band_cell(result: CellResult) -> TableCell:
+    """Inside or outside the reference band."""
+    band = result.band
+    if band is None:
+        return TableCell("no reference", kind="muted")
+    hint = "; ".join(f"{check.name} {check.state}: {check.text}" for check in band.checks)
+    return TableCell(band.state, sort=band.state, kind={"inside": "good", "outside": "bad"}.get(band.state, "warn"), hint=hint)
+
+
+def cell_words(cell: Cell) -> str:
+    """A cell in words, for lists of failures and skipped cells."""
+    adapters = f"LoRA {cell.lora_rank}" if cell.lora_rank else "full"
+    return f"{cell.stage} · {cell.model} · {cell.strategy} · {adapters} · {shape(cell)}"

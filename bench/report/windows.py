@@ -1,0 +1,135 @@
+"""The timed window of a trial: which laps count, and whether they are steady. Rules: docs/metrics.md, "The timed window"."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from statistics import median
+
+from bench.record import Lap, Part, Record
+
+WARM_UP_LAPS = {"sft": 5, "rm": 5, "ppo": 2}
+"""Laps that are dropped first; a PPO lap is one iteration unless the suite says otherwise."""
+STEADY = 0.02
+"""Largest relative difference of half medians, and of the slope over the window."""
+PUBLISHABLE = {"sft": (30, 60.0), "rm": (30, 60.0), "ppo": (5, 120.0)}
+"""Least steps (PPO: iterations) and seconds of a window; shorter ones are labelled indicative."""
+LARGEST_SLOPE_POINTS = 60
+
+
+@dataclass(frozen=True, slots=True)
+class JobLap:
+    """One lap over all ranks."""
+
+    first_step: int
+    steps: int
+    seconds: float
+    """Of the slowest rank."""
+    seconds_by_rank: tuple[float, ...]
+    counts: dict[str, int]
+    """Summed over the data-parallel ranks."""
+    phases: dict[str, float]
+    """Of the slowest rank in the lap."""
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The laps that count."""
+
+    laps: tuple[JobLap, ...]
+    dropped: int
+    """Warm-up laps before them."""
+    steady: bool | None
+    """Null where there are fewer than four laps to test."""
+    indicative: str | None
+    """Why it is too short to publish, or None."""
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of the slowest rank over the window."""
+        return max(map(sum, zip(*(lap.seconds_by_rank for lap in self.laps), strict=True)))
+
+    @property
+    def steps(self) -> int:
+        """Steps (PPO: iterations) in the window."""
+        return sum(lap.steps for lap in self.laps)
+
+    def total(self, unit: str) -> int | None:
+        """Units over all laps and ranks; None if the laps do not count them."""
+        counts = [lap.counts[unit] for lap in self.laps if unit in lap.counts]
+        return sum(counts) if len(counts) == len(self.laps) else None
+
+
+def counting_parts(parts: Sequence[Part]) -> list[Part]:
+    """The ranks whose work is summed: tensor- and pipeline-parallel ranks that see the same tokens count once.
+
+    A rank says so with the fact `data_parallel_rank`; without it every rank is its own.
+    """
+    chosen: dict[object, Part] = {}
+    for part in sorted(parts, key=lambda item: item.rank):
+        chosen.setdefault(part.facts.get("data_parallel_rank", ("rank", part.rank)), part)
+    return list(chosen.values())
+
+
+def job_laps(record: Record) -> list[JobLap]:
+    """The laps of the whole job, as far as every rank that left a part has them."""
+    parts = sorted(record.parts, key=lambda item: item.rank)
+    if not parts:
+        return []
+    counting = {part.rank for part in counting_parts(parts)}
+    return [_merge(laps, [part.rank in counting for part in parts]) for laps in zip(*(part.laps for part in parts), strict=False)]
+
+
+def _merge(laps: tuple[Lap, ...], counted: list[bool]) -> JobLap:
+    slowest = max(laps, key=lambda lap: lap.seconds)
+    working = [lap for lap, counts in zip(laps, counted, strict=True) if counts]
+    units = [unit for unit in working[0].counts if all(unit in lap.counts for lap in working)]
+    counts = {unit: sum(lap.counts[unit] for lap in working) for unit in units}
+    seconds = tuple(lap.seconds for lap in laps)
+    return JobLap(slowest.first_step, slowest.steps, slowest.seconds, seconds, counts, dict(slowest.phases))
+
+
+def cut_window(laps: Sequence[JobLap], stage: str) -> Window | None:
+    """Drop the warm-up, and more of it until the rest is steady, at most half of the laps. None if there are no laps."""
+    if not laps:
+        return None
+    floor = WARM_UP_LAPS[stage] if len(laps) > WARM_UP_LAPS[stage] else min(1, len(laps) - 1)
+    dropped = floor
+    while is_steady(laps[dropped:]) is False and dropped < max(floor, len(laps) // 2):
+        dropped += 1
+    if is_steady(laps[dropped:]) is False:
+        dropped = floor
+    kept = tuple(laps[dropped:])
+    return Window(kept, dropped, is_steady(kept), _why_indicative(kept, floor, stage))
+
+
+def _why_indicative(laps: Sequence[JobLap], floor: int, stage: str) -> str | None:
+    least_steps, least_seconds = PUBLISHABLE[stage]
+    steps, seconds = sum(lap.steps for lap in laps), sum(lap.seconds for lap in laps)
+    if floor < WARM_UP_LAPS[stage]:
+        return f"too few laps to drop {WARM_UP_LAPS[stage]} as warm-up; dropped {floor}"
+    if steps < least_steps or seconds < least_seconds:
+        unit = "iterations" if stage == "ppo" else "steps"
+        return f"window of {steps} {unit} and {seconds:.1f} s; publishable from {least_steps} {unit} and {least_seconds:.0f} s"
+    return None
+
+
+def is_steady(laps: Sequence[JobLap]) -> bool | None:
+    """Whether step times keep within 2 %: medians of both halves, and the robust slope over the window; None below 4 laps."""
+    if len(laps) < 4:
+        return None
+    times = [lap.seconds / max(lap.steps, 1) for lap in laps]
+    middle = median(times)
+    if middle <= 0:
+        return False
+    half = len(times) // 2
+    drift = abs(median(times[:half]) - median(times[-half:])) / middle
+    return drift <= STEADY and abs(theil_sen(times)) * (len(times) - 1) / middle <= STEADY
+
+
+def theil_sen(values: Sequence[float]) -> float:
+    """Median of all pairwise slopes per index (Theil 1950, Sen 1968); long series are thinned evenly first."""
+    step = max(1, -(-len(values) // LARGEST_SLOPE_POINTS))
+    points = list(enumerate(values))[::step]
+    return median((later - earlier) / (j - i) for (i, earlier), (j, later) in combinations(points, 2))
