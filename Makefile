@@ -1,0 +1,37 @@
+# Thin: every target is a command one could type.
+PYTHON ?= python3
+VENV := .venv
+SHELL := /bin/bash
+
+.PHONY: help install quickstart test lint reference clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1	/' | expand -t 18
+
+install: ## make .venv from the hashed locks (a second call does nothing)
+	@$(PYTHON) envs/install.py
+
+quickstart: install ## three stages, several strategies, two models on the CPU, and a report: minutes
+	@echo "coati-bench run config/quickstart.yaml"
+	@$(VENV)/bin/coati-bench run config/quickstart.yaml
+
+reference: install ## the seed runs on a BLOOM-560m: needs an NVIDIA GPU
+	@echo "coati-bench run config/reference/bloom-560m.yaml"
+	@$(VENV)/bin/coati-bench run config/reference/bloom-560m.yaml
+
+lint: install ## ruff, formatting, types, import contracts
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+test: install ## lint, then every test: the safe ones in parallel, then those that start whole workflows
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/lint-imports
+	$(VENV)/bin/python -m pytest -n 2 -m "not serial" -q
+	$(VENV)/bin/python -m pytest -m serial -q
+
+clean: ## remove .venv and what tools left behind; results stay
+	rm -rf $(VENV) .snakemake .pytest_cache .ruff_cache .mypy_cache .import_linter_cache build dist *.egg-info

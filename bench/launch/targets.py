@@ -1,0 +1,72 @@
+"""What Snakemake must know of a plan: the files to make and what each is made from. Torch-free; used by the Snakefile."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from bench.cell import canonical_json, cell_to_json
+from bench.data.sources import resolve
+from bench.errors import UserError
+from bench.layout import Layout
+from bench.matrix import cell_data, load_plan
+
+
+class Targets:
+    """The files of one suite, whose folder (results/<suite>) holds plan.json.
+
+    Raises UserError if there is no plan, or if two data names would share a manifest.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.layout = Layout(root)
+        self.plan = load_plan(self.layout.plan)
+        self.blocks = {block.block_id: block for block in self.plan.blocks}
+        self.warm = {warm.key: warm for warm in self.plan.warm}
+        self.data = {self.layout.data(name).stem: name for name in self.plan.data}
+        if len(self.data) < len(self.plan.data):
+            lost = sorted(set(self.plan.data) - set(self.data.values()))
+            raise UserError(f"two data names differ only in letters that file names lack; seen: {', '.join(lost)}; rename the file")
+
+    def patterns(self) -> dict[str, str]:
+        """Wildcard -> regular expression that admits what the plan has, and nothing else."""
+        return {
+            "block": _any_of(self.blocks),
+            "cell": _any_of(self.plan.cells),
+            "data": _any_of(self.data),
+            "warm": _any_of(self.warm),
+        }
+
+    def cell_text(self, cell_id: str) -> str:
+        """A cell as one line of JSON."""
+        return canonical_json(cell_to_json(self.plan.cells[cell_id]))
+
+    def data_inputs(self, stem: str) -> list[Path]:
+        """The user's own file behind a `file:` name; other data is made from nothing that is here."""
+        path = resolve(self.data[stem]).local_path
+        return [] if path is None else [path]
+
+    def warm_inputs(self, key: str) -> list[Path]:
+        """Manifests of its data, and the warm starts that it begins from."""
+        warm = self.warm[key]
+        names = cell_data(warm.cell) if warm.cell else tuple((warm.tokenizer or {}).get("data", ()))
+        return [self.layout.data(name) for name in names] + self._done(warm.starts.values())
+
+    def block_inputs(self, block_id: str) -> list[Path]:
+        """Its cells, manifests of their data, the warm starts that they begin from, and the blocks that come before."""
+        block = self.blocks[block_id]
+        paths = [self.layout.cell(cell_id) for cell_id in block.cells] + [self.layout.data(name) for name in block.data]
+        begun = sorted({start for starts in block.starts.values() for start in starts.values() if start in self.warm})
+        return paths + self._done(begun) + [self.layout.block(earlier) for earlier in block.after]
+
+    def all_blocks(self) -> list[Path]:
+        """What the report is made from."""
+        return [self.layout.block(block_id) for block_id in self.blocks]
+
+    def _done(self, keys: Iterable[str]) -> list[Path]:
+        return [self.layout.warm(key) / "done.json" for key in keys]
+
+
+def _any_of(names: Iterable[str]) -> str:
+    return "|".join(map(re.escape, names)) or "(?!)"
