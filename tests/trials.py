@@ -27,7 +27,9 @@ def tiny_cell(stage: str, **changes: Any) -> Cell:
     return cell_from_json({**base, **changes})
 
 
-def tiny_trial(cell: Cell, folder: Path, *, trial: int = 0, starts: dict[str, Path] | None = None, save: bool = False, **rest: Any) -> Trial:
+def tiny_trial(
+    cell: Cell, folder: Path, *, trial: int = 0, starts: dict[str, Path] | None = None, save: bool = False, **rest: Any
+) -> Trial:
     """A trial of `cell` on synthetic data in `folder`; `starts` maps roles to checkpoint folders."""
     from bench.checkpoint import checkpoint_sha256
 
