@@ -23,9 +23,9 @@ class DdpEngine(ReplicatedEngine):
 
         super().__init__(module, cell, learning_rate=learning_rate)
         devices = [device] if device.type == "cuda" else None
-        self._ddp = DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+        self._ddp = DistributedDataParallel(module, device_ids=devices, gradient_as_bucket_view=True)
         # As inside `no_sync()`, for every forward pass: whether a micro-step is the last is known only at its backward pass.
-        self._ddp.require_backward_grad_sync = False
+        self._ddp.require_backward_grad_sync = self._ddp.require_forward_param_sync = False
         self.module = self._ddp
         self._ranks = dist.get_world_size()
 

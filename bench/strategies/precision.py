@@ -87,15 +87,22 @@ def make_optimizer(parameters: list[Any], cell: Cell, learning_rate: float) -> t
     """The AdamW that the cell's settings name, on `parameters`."""
     import torch
 
-    settings = cell.settings
-    arguments: dict[str, Any] = {
-        "lr": learning_rate, "betas": (settings.beta1, settings.beta2), "eps": 1e-8, "weight_decay": settings.weight_decay,
-    }  # fmt: skip
-    if settings.optimizer == "hybrid":
-        from colossalai.nn.optimizer import HybridAdam
+    if cell.settings.optimizer == "hybrid":
+        return hybrid_adam(parameters, cell, learning_rate)
+    return torch.optim.AdamW(parameters, fused=cell.settings.optimizer == "fused", **adamw_arguments(cell, learning_rate))
 
-        return HybridAdam(parameters, adamw_mode=True, **arguments)
-    return torch.optim.AdamW(parameters, fused=settings.optimizer == "fused", **arguments)
+
+def hybrid_adam(parameters: list[Any], cell: Cell, learning_rate: float) -> torch.optim.Optimizer:
+    """ColossalAI's HybridAdam in AdamW mode; its GPU kernels are built at first use."""
+    from colossalai.nn.optimizer import HybridAdam
+
+    return HybridAdam(parameters, adamw_mode=True, **adamw_arguments(cell, learning_rate))
+
+
+def adamw_arguments(cell: Cell, learning_rate: float) -> dict[str, Any]:
+    """The numbers of AdamW, the same for every implementation."""
+    settings = cell.settings
+    return {"lr": learning_rate, "betas": (settings.beta1, settings.beta2), "eps": 1e-8, "weight_decay": settings.weight_decay}
 
 
 def optimizer_problem(cell: Cell) -> str | None:
@@ -106,11 +113,12 @@ def optimizer_problem(cell: Cell) -> str | None:
 
 
 def global_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
-    """L2 norm over all gradients together, summed in fp32 whatever their type."""
+    """L2 norm over all gradients together, whatever their type; fp32 sums, and fp64 on a CPU, whose kernel adds in sequence."""
     import torch
 
-    norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
-    return torch.linalg.vector_norm(torch.stack(norms))
+    dtype = torch.float64 if gradients[0].device.type == "cpu" else torch.float32
+    norms = torch._foreach_norm(gradients, 2, dtype=dtype)
+    return torch.linalg.vector_norm(torch.stack(norms)).float()
 
 
 def set_learning_rate(optimizer: Any, value: float) -> None:

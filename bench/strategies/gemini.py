@@ -1,0 +1,133 @@
+"""gemini: ColossalAI's chunked ZeRO-3. Parameters, gradients and optimizer states in shards, gathered chunk by chunk.
+
+Facts of ColossalAI 0.5.0 that this file answers for
+* 16-bit only: there is no fp32.
+* More than one micro-step needs `enable_gradient_accumulation`; without it training silently stands still.
+* It takes only ColossalAI's own Adams, so `optimizer` is forced (`forced_settings`).
+* The norm is computed only while clipping; an infinite largest norm computes it and clips nothing.
+* Parameters that do not train are not sharded: every rank holds them whole. So with LoRA the base model is.
+* By default less than 32 Mi elements stay gathered on every rank, and accumulation over such chunks is wrong on more than one
+  rank: the sum so far is multiplied by the ranks before an all-reduce that adds it up over the ranks again
+  (colossalai/zero/gemini/chunk/manager.py, rearrange_accumulated_grad_chunk). Here the chunks of a smaller model, or of LoRA
+  adapters, are smaller instead, so that they are always sharded.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from bench.cell import Cell
+from bench.strategies.base import Engine, Strategy
+from bench.strategies.colossal import INITIAL_LOSS_SCALE, PLUGIN_PRECISION, start_colossalai
+from bench.strategies.precision import (
+    MASTER_MODES,
+    adamw_arguments,
+    hybrid_adam,
+    set_learning_rate,
+    storage_dtype,
+    trainable,
+    unrounded_buffers,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+class GeminiEngine(Engine):
+    """A model under GeminiDDP and GeminiOptimizer, which average over ranks, clip, and keep the fp32 masters in chunks."""
+
+    def __init__(self, module: nn.Module, cell: Cell, plugin: Any, *, learning_rate: float) -> None:
+        import torch.distributed as dist
+        from colossalai.booster import Booster
+        from colossalai.zero.gemini import GeminiDDP
+
+        self._ranks, self._precision = dist.get_world_size(), cell.settings.precision
+        self._booster = Booster(plugin=plugin)
+        optimizer = _adam(trainable(module), cell, learning_rate)
+        GeminiDDP.set_params_to_ignore([parameter for parameter in module.parameters() if not parameter.requires_grad])
+        with unrounded_buffers(module):
+            self.module, self._optimizer, *_ = self._booster.boost(module, optimizer)
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:  # noqa: ARG002  every micro-step reduces its chunks
+        """See `Engine.backward`."""
+        self._booster.backward(loss * self._ranks, self._optimizer)
+
+    def step(self) -> float | torch.Tensor:
+        """See `Engine.step`. Infinite where fp16 overflowed: ColossalAI skipped that step and lowers its loss scale."""
+        self._optimizer._current_grad_norm = None
+        self._optimizer.step()
+        norm = self._optimizer.get_grad_norm()
+        scale = self._optimizer.mix_precision_mixin.loss_scale if self._precision == "fp16-master" else 1.0
+        return math.inf if norm is None else norm / scale
+
+    def set_learning_rate(self, value: float) -> None:
+        """See `Engine.set_learning_rate`."""
+        set_learning_rate(self._optimizer, value)
+
+    def full_state(self) -> dict[str, torch.Tensor] | None:
+        """See `Engine.full_state`. Gathers chunk by chunk."""
+        import torch.distributed as dist
+
+        state = self.module.state_dict(only_rank_0=True)
+        if dist.get_rank() != 0:
+            return None
+        dtype = storage_dtype(self._precision)
+        return {name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None, copy=True) for name, tensor in state.items()}
+
+
+def _adam(parameters: list[Any], cell: Cell, learning_rate: float) -> Any:
+    """HybridAdam on a GPU; on a CPU, where its kernels cannot be built, the stand-in."""
+    if cell.settings.device == "cuda":
+        return hybrid_adam(parameters, cell, learning_rate)
+    from bench.strategies.cpu_emulation import plain_adam
+
+    return plain_adam()(parameters, **adamw_arguments(cell, learning_rate))
+
+
+class Gemini(Strategy):
+    """Gemini with static placement on the device."""
+
+    name = "gemini"
+    precisions = frozenset(PLUGIN_PRECISION) - {"fp32"}
+    description = "ColossalAI Gemini: parameters, gradients and optimizer states in sharded chunks (ZeRO-3)"
+    uses_colossalai = True
+
+    def forced_settings(self, cell: Cell) -> dict[str, Any]:
+        """Gemini takes ColossalAI's Adam only; on a CPU an AdamW with the same arithmetic stands in."""
+        wanted = "hybrid" if cell.settings.device == "cuda" else "adamw"
+        return {} if cell.settings.optimizer == wanted else {"optimizer": wanted}
+
+    def start(self, cell: Cell, device: torch.device) -> None:  # noqa: ARG002
+        """See `Strategy.start`."""
+        start_colossalai(device, gemini=True)
+
+    def prepare(self, module: nn.Module, cell: Cell, device: torch.device, *, learning_rate: float) -> Engine:  # noqa: ARG002
+        """See `Strategy.prepare`. ColossalAI itself places the model on this rank's device."""
+        return GeminiEngine(module, cell, _plugin(module, cell), learning_rate=learning_rate)
+
+
+def _plugin(module: nn.Module, cell: Cell) -> Any:
+    """A fresh GeminiPlugin; a plugin serves one model."""
+    from colossalai.booster.plugin import GeminiPlugin
+
+    on_gpu = cell.settings.device == "cuda"
+    chunk = chunk_mebielements(sum(parameter.numel() for parameter in trainable(module)))
+    return GeminiPlugin(
+        placement_policy="static",
+        precision=PLUGIN_PRECISION[cell.settings.precision],
+        master_weights=cell.settings.precision in MASTER_MODES,
+        enable_gradient_accumulation=cell.accumulation > 1,
+        max_norm=cell.settings.clip_norm or math.inf,
+        initial_scale=INITIAL_LOSS_SCALE,
+        min_chunk_size_m=chunk,
+        search_range_m=chunk,
+        pin_memory=on_gpu,
+        enable_async_reduce=on_gpu,
+    )
+
+
+def chunk_mebielements(trainable_elements: int) -> float:
+    """Smallest chunk, in 2**20 elements: ColossalAI's 32, or a quarter of what trains, so that it is sharded in any case."""
+    return min(32.0, trainable_elements // 4 / 2**20)
