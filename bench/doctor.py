@@ -1,0 +1,131 @@
+"""What this machine has, what that allows, and what would be needed for the rest. Torch-free.
+
+Exit code 0 where at least the quick start can run, else 3.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from bench.measure.host import Host, look
+
+GIB = 1 << 30
+QUICK_MEMORY, QUICK_DISK = 4 * GIB, 1 * GIB
+"""What the quick start needs (seen: 1.6 GiB of memory at its peak, 60 MiB of results)."""
+REFERENCE_MEMORY = 24 * GIB
+"""Of one device, for a BLOOM-560m with a PPO of four models in 16-bit (theory: 13 GiB of states)."""
+SHARED_MEMORY = 1 * GIB
+"""NCCL's buffers for the ranks of one machine; containers often give 64 MiB."""
+NEEDED = ("torch", "transformers", "peft", "colossalai", "snakemake")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ability:
+    """Something that one may want to do here."""
+
+    name: str
+    needs: list[str]
+    """What is missing, and where it would come from; empty where it can be done."""
+
+    @property
+    def possible(self) -> bool:
+        """Whether nothing is missing."""
+        return not self.needs
+
+
+def run_doctor(*, format: str = "text", folder: Path = Path("results")) -> int:  # noqa: A002 (the option's name)
+    """Print what this machine has and allows; 0, or 3 where not even the quick start can run."""
+    host = look(folder)
+    able = abilities(host)
+    if format == "json":
+        content = {"host": asdict(host), "abilities": [{**asdict(item), "possible": item.possible} for item in able]}
+        print(json.dumps(content, indent=1, default=str))
+    else:
+        print("\n".join([*_seen(host), "", *_allowed(able), *_warnings(host)]))
+    return 0 if able[0].possible else 3
+
+
+def abilities(host: Host) -> list[Ability]:
+    """What can be done on `host`; the quick start first."""
+    return [
+        Ability(name="quick start, on the CPU", needs=_base(host)),
+        Ability(name="one CUDA device (the reference suites)", needs=[*_base(host), *_cuda(host, 1)]),
+        Ability(name="several CUDA devices of this machine", needs=[*_base(host), *_cuda(host, 2), *_shared_memory(host)]),
+        Ability(name="ColossalAI's own kernels on CUDA (gemini, optimizers hybrid and fused)", needs=[*_cuda(host, 1), *_kernels(host)]),
+        Ability(
+            name="tests of the report in a browser", needs=[] if host.programs["chromium"] else ["chromium (Debian: apt install chromium)"]
+        ),
+    ]
+
+
+def _base(host: Host) -> list[str]:
+    needs = [f"the package {name} (make install)" for name in NEEDED if host.versions.get(name) is None]
+    if host.memory_available_bytes < QUICK_MEMORY:
+        needs.append(f"{QUICK_MEMORY / GIB:.0f} GiB of free memory; seen: {host.memory_available_bytes / GIB:.1f}")
+    if host.disk_free_bytes < QUICK_DISK:
+        needs.append(f"{QUICK_DISK / GIB:.0f} GiB of free disk; seen: {host.disk_free_bytes / GIB:.1f}")
+    return needs
+
+
+def _cuda(host: Host, devices: int) -> list[str]:
+    needs = []
+    if len(host.devices) < devices:
+        seen = host.no_devices or f"{len(host.devices)}"
+        needs.append(f"{devices} NVIDIA device{'s' * (devices > 1)} with a driver; seen: {seen}")
+    elif (largest := max(device["memory_bytes"] or 0 for device in host.devices)) < REFERENCE_MEMORY:
+        needs.append(f"a device of {REFERENCE_MEMORY / GIB:.0f} GiB for the reference suites; seen: {largest / GIB:.0f} GiB")
+    if host.versions.get("torch") and host.versions.get("cuda") is None:
+        needs.append(f"a CUDA build of torch (python3 envs/install.py --family cuda); seen: torch {host.versions['torch']}")
+    return needs
+
+
+def _shared_memory(host: Host) -> list[str]:
+    if host.shared_memory_free_bytes >= SHARED_MEMORY:
+        return []
+    seen = host.shared_memory_free_bytes / GIB
+    return [f"{SHARED_MEMORY / GIB:.0f} GiB free in /dev/shm (containers: --shm-size or --ipc=host); seen: {seen:.2f}"]
+
+
+def _kernels(host: Host) -> list[str]:
+    needs = []
+    if host.kernels:
+        return needs
+    if host.nvcc is None:
+        needs.append("nvcc of the CUDA toolkit that torch was built with (CUDA_HOME)")
+    elif (cuda := host.versions.get("cuda")) and cuda.split(".")[0] != host.nvcc.split(".")[0]:
+        needs.append(f"nvcc of CUDA {cuda}, as torch was built with; seen: {host.nvcc}")
+    return needs + [f"{name} on the PATH" for name in ("c++ compiler", "ninja") if host.programs[name] is None]
+
+
+def _seen(host: Host) -> list[str]:
+    names = ("python", "torch", "cuda", "transformers", "peft", "colossalai", "snakemake")
+    devices = [f"{item['name']}, {(item['memory_bytes'] or 0) / GIB:.0f} GiB, driver {item['driver']}" for item in host.devices]
+    free, total, shared = (size / GIB for size in (host.memory_available_bytes, host.memory_bytes, host.shared_memory_free_bytes))
+    kernels = f"{len(host.kernels)} compiled" if host.kernels else "none compiled yet"
+    rows = {
+        "software": ", ".join(f"{name} {host.versions.get(name) or 'none'}" for name in names),
+        "processor": f"{host.cores} cores",
+        "memory": f"{free:.1f} of {total:.1f} GiB free; /dev/shm {shared:.1f} GiB",
+        "disk": f"{host.disk_free_bytes / GIB:.1f} GiB free for results",
+        "CUDA devices": "; ".join(devices) or f"none ({host.no_devices or 'NVML counts 0'})",
+        "kernels": f"{kernels}; nvcc {host.nvcc or 'none'}",
+        "programs": ", ".join(f"{name} {path or 'none'}" for name, path in host.programs.items()),
+    }
+    return ["This machine", *(f"  {name:<13} {text}" for name, text in rows.items())]
+
+
+def _allowed(able: list[Ability]) -> list[str]:
+    lines = ["What can be done here"]
+    for item in able:
+        lines.append(f"  {'yes' if item.possible else 'no ':<4} {item.name}")
+        lines += [f"         needs {need}" for need in item.needs]
+    return lines
+
+
+def _warnings(host: Host) -> list[str]:
+    return [
+        f"Warning: {lock} was left by a build that died; ColossalAI waits for it for ever. Remove it: rm {lock}"
+        for lock in host.stale_locks
+    ]
