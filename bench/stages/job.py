@@ -32,6 +32,15 @@ def max_over_ranks(values: Tensor, place: Place) -> Tensor:
     return values
 
 
+def agreed(flag: Tensor, place: Place) -> bool:
+    """Whether `flag` is true on every rank. Collective; the host waits for the device."""
+    if place.world_size == 1:
+        return bool(flag)
+    votes = flag.to(torch.int32)
+    dist.all_reduce(votes, op=dist.ReduceOp.MIN)
+    return bool(votes)
+
+
 def gather_rows(rows_n: Tensor, place: Place) -> Tensor:
     """Rows of all ranks in the order of the ranks; every rank has as many. Collective."""
     if place.world_size == 1:
@@ -46,6 +55,11 @@ class Split(NamedTuple):
 
     train: list[dict[str, Any]]
     held_out: list[dict[str, Any]]
+
+
+def read_all(trial: Trial, name: str, kind: str) -> list[dict[str, Any]]:
+    """All rows of one of the trial's data sets. Raises DataError."""
+    return read_rows(Path(trial.datum(name).path), kind, rejected_share=trial.limits.rejected_share).rows
 
 
 def read_split(trial: Trial, kind: str) -> Split:

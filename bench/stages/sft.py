@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from bench.cell import Cell
 from bench.checkpoint import save_checkpoint
 from bench.data import collate
 from bench.models.build import accepts_position_ids, add_lora, build_policy, build_tokenizer, counts, initial_sha256, position_ids
@@ -53,6 +54,23 @@ def collate_batch(sequences: Sequence[collate.Tokens], fill: int, device: torch.
     )
 
 
+def token_losses(module: nn.Module, places: bool, batch: Batch) -> Tensor:
+    """Minus log-probability of each target, BT, 0 where there is none; `places`: whether the model takes position ids."""
+    arguments = {"position_ids": position_ids(batch.mask_BT)} if places else {}
+    logits_BTV = module(input_ids=batch.ids_BT, attention_mask=batch.mask_BT, use_cache=False, **arguments).logits
+    return -token_logprobs(logits_BTV, batch.targets_BT)
+
+
+def loss_denominator(cell: Cell, batch: Batch, step_tokens: int, num_micro_batches: int) -> int:
+    """(7) What token losses are divided by: loss tokens of the whole step over all ranks and micro-steps.
+
+    Old semantics: those of the micro-batch, times the micro-batches of the step over all ranks.
+    """
+    if "loss-mean-per-micro-batch" in cell.semantics_switches:
+        return max(1, batch.loss_tokens) * num_micro_batches
+    return max(1, step_tokens)
+
+
 class Sft:
     """The stage on one rank; see `bench.stages.base.Stage`."""
 
@@ -91,7 +109,8 @@ class Sft:
         micros = collate.micro_steps(rows, rank=place.rank, world=place.world_size, micro=settings.micro_batch)  # (6)
         for micro, members in enumerate(micros, 1):
             batch = collate_batch([self._sequences[row] for row in members], self._fill, place.device)
-            part = self._token_losses(batch).sum() / self._denominator(batch, step_tokens, len(micros))
+            denominator = loss_denominator(self._cell, batch, step_tokens, len(micros) * place.world_size)
+            part = token_losses(self._engine.module, self._places, batch).sum() / denominator
             self._engine.backward(part, last=micro == len(micros))
             loss += part.detach()
             _count(work, batch)
@@ -101,18 +120,6 @@ class Sft:
             steps=[{"loss": sum_over_ranks(loss, place), "gradient_norm": norm, "learning_rate": rate}],
             counts=work,
         )
-
-    def _token_losses(self, batch: Batch) -> Tensor:
-        """Minus log-probability of each target, BT, 0 where there is none."""
-        places = {"position_ids": position_ids(batch.mask_BT)} if self._places else {}
-        logits_BTV = self._engine.module(input_ids=batch.ids_BT, attention_mask=batch.mask_BT, use_cache=False, **places).logits
-        return -token_logprobs(logits_BTV, batch.targets_BT)
-
-    def _denominator(self, batch: Batch, step_tokens: int, accumulation: int) -> int:
-        """(7) What token losses are divided by: loss tokens of the whole step over all ranks and micro-steps."""
-        if "loss-mean-per-micro-batch" in self._cell.semantics_switches:
-            return max(1, batch.loss_tokens) * accumulation * self._place.world_size
-        return max(1, step_tokens)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -124,7 +131,7 @@ class Sft:
         for rows, weights in collate.held_out_steps(len(sequences), rank=place.rank, world=place.world_size, micro=micro):
             batch = collate_batch([sequences[row] for row in rows], self._fill, place.device)
             weight_B = torch.tensor(weights, device=place.device)
-            losses_B = self._token_losses(batch).sum(dim=1)
+            losses_B = token_losses(self._engine.module, self._places, batch).sum(dim=1)
             totals += torch.stack([(losses_B * weight_B).sum(), ((batch.targets_BT >= 0).sum(dim=1) * weight_B).sum()])
             place.beat()
         self._engine.module.train()
