@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 
 from bench import __version__
@@ -181,8 +180,12 @@ def top(version: Annotated[bool, typer.Option("--version", help="Print the versi
 
 def _format(name: str) -> str:
     if name not in ("text", "json"):
-        raise click.UsageError(f"--format is text or json; seen: {name!r}")
+        raise typer.BadParameter(f"--format is text or json; seen: {name!r}")
     return name
+
+
+_UsageProblem = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+"""Typer's own copy of click has no public name for the base of its usage errors."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -194,15 +197,15 @@ def _exit_code(arguments: list[str] | None) -> int:
     try:
         result: Any = app(arguments, standalone_mode=False)
         return result if isinstance(result, int) else 0
-    except click.exceptions.Exit as stop:
+    except typer.Exit as stop:
         return stop.exit_code
-    except click.ClickException as error:
-        error.show()
+    except _UsageProblem as error:
+        error.show()  # type: ignore[attr-defined]
         return 2
     except BenchError as error:
         print(f"coati-bench: {error}", file=sys.stderr)
         return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         print("coati-bench: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
@@ -15,18 +16,25 @@ from bench.cell import Cell
 from bench.data.sources import resolve
 from bench.layout import Layout
 from bench.matrix import Plan, Skipped
+from bench.models.presets import parameter_count
 from bench.needs import needs, weights_on_disk_bytes
 from bench.stages.base import SPECS
 
-GIB = 1 << 30
+MOST_ROWS = 100
+"""Rows of one stage that are printed; the JSON form has all."""
 
 
 def plan_text(plan: Plan) -> str:
     """The plan in words: what runs, in which blocks, what it needs, and what is skipped and why."""
-    console = Console(file=io.StringIO(), width=120, highlight=False, soft_wrap=True)
-    trials = len(plan.cells) * plan.trials
-    console.print(f"Suite {plan.suite}: {len(plan.cells)} cells x {plan.trials} trials = {trials} trials in {len(plan.blocks)} blocks; "
-                  f"{len(plan.skipped)} skipped.")  # fmt: skip
+    console = Console(file=io.StringIO(), width=140, highlight=False)
+    console.print(
+        f"Suite {plan.suite}: {_count(len(plan.cells), 'cell')} x {_count(plan.trials, 'trial')} in {_count(len(plan.blocks), 'block')}; "
+        f"{len(plan.skipped)} skipped."
+    )
+    for model in sorted({cell.model for cell in plan.cells.values()}):
+        parameters = parameter_count(model)
+        size = f"{parameters:,} parameters" if parameters else "size unknown before it is loaded"
+        console.print(Text(f"Model {model}: {size}"))
     for stage in SPECS:
         cells = [cell for cell in plan.cells.values() if cell.stage == stage]
         if cells:
@@ -34,41 +42,54 @@ def plan_text(plan: Plan) -> str:
     _print_inputs(console, plan)
     _print_skipped(console, plan.skipped)
     console.print("More: --format json (every cell and setting), --commands (the lines for each node).")
-    return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _stage_table(stage: str, cells: list[Cell]) -> Table:
+    """Cells that differ in the LoRA rank only share a row."""
     table = Table(title=SPECS[stage].title, title_justify="left", box=None, pad_edge=False)
-    for column in ("model", "strategy", "LoRA", "nodes x processes", "precision", "batch", "launcher", "state per rank"):
+    for column in ("model", "strategy", "nodes x processes", "precision", "batch = micro x ranks x accumulation", "launcher", "LoRA: state per rank"):
         table.add_column(column)
-    rows = Counter(_row(cell) for cell in cells)
-    for row, count in rows.items():
-        table.add_row(*row, "" if count == 1 else f"x{count}")
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for cell in cells:
+        rows.setdefault(_row(cell), []).append(_state(cell))
+    for row, states in list(rows.items())[:MOST_ROWS]:
+        table.add_row(*row, ", ".join(states))
+    if len(rows) > MOST_ROWS:
+        table.add_row(f"... and {len(rows) - MOST_ROWS} more rows")
     return table
 
 
 def _row(cell: Cell) -> tuple[str, ...]:
-    settings, theory = cell.settings, needs(cell)
-    batch = f"{cell.step_batch} = {settings.micro_batch} x {cell.world_size} ranks x {cell.accumulation}"
-    state = f"{theory.state_bytes / GIB:.2f} GiB ({theory.parameters / 1e6:,.0f} M parameters)" if theory else "unknown"
+    settings = cell.settings
+    batch = f"{cell.step_batch} = {settings.micro_batch} x {cell.world_size} x {cell.accumulation}"
     shape = f"{cell.nodes} x {cell.processes_per_node}"
-    return (cell.model, cell.strategy, str(cell.lora_rank), shape, settings.precision, batch, f"{settings.launcher}, {settings.device}", state)
+    return (cell.model, cell.strategy, shape, settings.precision, batch, f"{settings.launcher}, {settings.device}")
+
+
+def _state(cell: Cell) -> str:
+    theory = needs(cell)
+    return f"{cell.lora_rank}: {decimal(theory.state_bytes)}" if theory else f"{cell.lora_rank}: unknown"
 
 
 def _print_inputs(console: Console, plan: Plan) -> None:
     for name in plan.data:
         source = resolve(name)
-        size = f"{source.bytes / 1e6:,.1f} MB" if source.bytes else "size unknown before it is fetched"
+        size = decimal(source.bytes) if source.bytes else "size unknown before it is fetched"
         console.print(Text(f"Data {name}: {size}; licence: {source.licence}"))
     for warm in plan.warm:
         what = f"naive full {warm.cell.stage} run of {warm.cell.model}" if warm.cell else "tokenizer trained on the data"
         console.print(f"Made first: {warm.key} ({what})")
     if disk := weights_on_disk_bytes(plan):
-        console.print(f"Disk for weights: {disk / GIB:.2f} GiB")
-    devices = max(cell.world_size for cell in plan.cells.values())
-    if any(cell.settings.device == "cuda" for cell in plan.cells.values()):
-        nodes = max(cell.nodes for cell in plan.cells.values())
-        console.print(f"Needs: {devices} CUDA device{'s' * (devices > 1)} on {nodes} node{'s' * (nodes > 1)} at the most; see `coati-bench doctor`.")
+        console.print(f"Disk for weights: {decimal(disk)}")
+    on_cuda = [cell for cell in plan.cells.values() if cell.settings.device == "cuda"]
+    if on_cuda:
+        devices, nodes = max(cell.world_size for cell in on_cuda), max(cell.nodes for cell in on_cuda)
+        console.print(f"Needs at the most: {_count(devices, 'CUDA device')} on {_count(nodes, 'node')}; `coati-bench doctor` says what is here.")
 
 
 def _print_skipped(console: Console, skipped: Iterable[Skipped]) -> None:
