@@ -1,0 +1,1 @@
+"""Pure tensor arithmetic of reinforcement learning."""

@@ -1,0 +1,1 @@
+"""Rollout engines: how a policy generates."""

@@ -1,0 +1,1 @@
+"""The stages: an algorithm each."""

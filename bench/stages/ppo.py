@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bench.cell import Cell
 from bench.checkpoint import save_checkpoint
@@ -22,130 +22,32 @@ from bench.data import collate
 from bench.data.draws import Draws
 from bench.errors import UserError
 from bench.measure.clock import PhaseClock
-from bench.models.build import (
-    accepts_position_ids, add_lora, backbone, build_policy, build_scorer, build_tokenizer, counts, initial_sha256, position_ids,
-)  # fmt: skip
+from bench.models.build import build_tokenizer, position_ids
 from bench.rl import advantages as gae
 from bench.rl.kl import coati_sequence_kl, k1, k3
-from bench.rl.losses import masked_mean, policy_terms, token_entropies, token_logprobs, value_terms
+from bench.rl.losses import policy_terms, token_entropies, value_terms
 from bench.rollout.base import Rollout, Sampling, Surroundings
 from bench.rollout.engines import CachedRollout
-from bench.rollout.head import HeadWindow, windowed
 from bench.rollout.sampling import uniform_numbers
 from bench.stages import sft
 from bench.stages.base import Place, StepReport
-from bench.stages.job import agreed, gather_rows, max_over_ranks, model_facts, read_all, read_split, started_from, sum_over_ranks
-from bench.stages.rm import sequence_scores
+from bench.stages.job import agreed, gather_rows, max_over_ranks, read_all, read_split, started_from, sum_over_ranks
+from bench.stages.ppo_models import LanguageModel, build_models
 from bench.stages.schedule import learning_rate_at
-from bench.strategies.base import Engine, Strategy
+from bench.strategies.base import Strategy
 from bench.trial import Trial
 
 SAMPLES = 3
 """Held-out responses that are kept as text."""
+MEANS = ("policy_loss", "ptx_loss", "clip_share", "value_loss")
+"""Values of a step of which an iteration keeps the mean."""
+FIRST = ("first_ratio_error", "first_approximate_kl")
+"""Values of an iteration's first step."""
 
 
 def build(trial: Trial, strategy: Strategy, place: Place) -> Ppo:
     """The stage of `trial` on this rank. Raises UserError for batches that do not divide."""
     return Ppo(trial, strategy, place)
-
-
-# -- the four models -------------------------------------------------------------------------------------------------
-
-
-class LanguageModel(NamedTuple):
-    """The policy, or its frozen reference, as PPO reads it."""
-
-    module: nn.Module
-    window: HeadWindow
-    places: bool
-    """Whether it takes position ids; they count real tokens only (24)."""
-    temperature: float
-
-    def logits(self, ids_BS: Tensor, mask_BS: Tensor, length: int) -> Tensor:
-        """The logits that predict the last `length` tokens, BRV; (27) the head computes no others."""
-        window = slice(-length - 1, -1)
-        places = {"position_ids": position_ids(mask_BS)} if self.places else {}
-        with self.window.positions(window):
-            output = self.module(input_ids=ids_BS, attention_mask=mask_BS, use_cache=False, **places)
-        return windowed(output.logits, ids_BS.shape[1], window)
-
-    def logprobs(self, ids_BS: Tensor, mask_BS: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """Log-probability of each response token (0 behind its end), and the logits they come from."""
-        logits_BRV = self.logits(ids_BS, mask_BS, length)
-        targets_BR = ids_BS[:, -length:].masked_fill(mask_BS[:, -length:] == 0, collate.NO_LOSS)
-        return token_logprobs(logits_BRV, targets_BR, temperature=self.temperature), logits_BRV  # (26)
-
-
-class ScoreModel(NamedTuple):
-    """The critic, or the frozen reward model."""
-
-    module: nn.Module
-    places: bool
-    coati: frozenset[str]
-    """Old behaviours that are switched on."""
-
-    def scores(self, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
-        """Output of the head at every position, BS, fp32."""
-        places = {"position_ids": position_ids(mask_BS)} if self.places else {}
-        return self.module(input_ids=ids_BS, attention_mask=mask_BS, **places).float()
-
-    def rewards(self, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
-        """(28) Score of each sequence, as the reward model was trained to give it."""
-        return sequence_scores(self.scores(ids_BS, mask_BS), mask_BS, padded_mean="rm-mean-over-padded-positions" in self.coati)
-
-    def values(self, ids_BS: Tensor, mask_BS: Tensor, length: int) -> Tensor:
-        """(29) Value before each response token, BR. Old semantics: one value, the mean over the prompt's tokens, at all of them."""
-        scores_BS = self.scores(ids_BS, mask_BS)
-        if "ppo-sequence-reward-without-gae" in self.coati:
-            value_B = masked_mean(scores_BS[:, :-length], mask_BS[:, :-length])
-            return value_B.unsqueeze(1).expand(-1, length)
-        return scores_BS[:, -length - 1 : -1]
-
-
-class Models(NamedTuple):
-    """All four, and what a checkpoint needs to know of the policy."""
-
-    policy: Engine
-    critic: Engine
-    policy_reader: LanguageModel
-    critic_reader: ScoreModel
-    reference: LanguageModel
-    reward: ScoreModel
-    config: Any
-    lora: dict[str, Any]
-    facts: dict[str, Any]
-
-
-def build_models(trial: Trial, strategy: Strategy, place: Place) -> Models:
-    """(20) Policy and reference from the start `policy`; (21) critic and reward model from the start `reward`, or with a fresh head."""
-    cell = trial.parsed_cell
-    settings, switches = cell.settings, frozenset(cell.semantics_switches)
-    policy = build_policy(trial)
-    places, config = accepts_position_ids(policy), policy.config
-    reference = strategy.place_frozen(policy, cell, place.device)
-    place.beat()
-    fresh = settings.reward_model == "fresh-head"
-    critic = build_scorer(trial, fresh_head=fresh, source="policy" if fresh else "reward")
-    reward = strategy.place_frozen(critic, cell, place.device)
-    place.beat()
-    lora, critic_lora = add_lora(policy, cell, trial.seed), add_lora(critic, cell, trial.seed + 1)
-    facts = model_facts(counts(policy), initial_sha256(policy), lora)
-    facts["critic"] = model_facts(counts(critic), initial_sha256(critic), critic_lora)
-    window = HeadWindow(policy)
-    critic_rate = settings.learning_rate if settings.critic_learning_rate is None else settings.critic_learning_rate
-    policy_engine = strategy.prepare(policy, cell, place.device, learning_rate=settings.learning_rate)
-    critic_engine = strategy.prepare(critic, cell, place.device, learning_rate=critic_rate)
-    return Models(
-        policy=policy_engine,
-        critic=critic_engine,
-        policy_reader=LanguageModel(policy_engine.module, window, places, settings.temperature),
-        critic_reader=ScoreModel(critic_engine.module, places, switches),
-        reference=LanguageModel(reference, HeadWindow(backbone(reference)), places, settings.temperature),
-        reward=ScoreModel(reward, places, switches),
-        config=config,
-        lora=lora,
-        facts=facts,
-    )
 
 
 # -- experience ------------------------------------------------------------------------------------------------------
@@ -200,7 +102,7 @@ def make_experience(rollout: Rollout, scored: Scored, cell: Cell) -> tuple[Exper
 
 
 def coati_advantages(scored: Scored, mask_NR: Tensor, kl_coef: float) -> tuple[Tensor, Tensor]:
-    """Old semantics: one reward a sequence, less its mean KL; advantage = reward - value, at every token; nothing is clipped or whitened."""
+    """Old semantics: one reward a sequence, less its mean KL; advantage = reward - value at every token, not whitened."""
     return_N = scored.reward_n - kl_coef * coati_sequence_kl(scored.logp_nR, scored.reference_logp_nR, mask_NR)
     returns_NR = return_N.unsqueeze(1) * mask_NR
     return returns_NR - scored.values_nR * mask_NR, returns_NR
@@ -374,7 +276,8 @@ class Ppo:
         sums = sum_over_ranks(torch.cat([sums, value_loss.unsqueeze(0)]), place)
         loss, policy_loss, ptx_loss, clip_share, approximate_kl, value_loss = sums
         values = {
-            "loss": loss, "gradient_norm": norm, "learning_rate": rate, "critic_gradient_norm": critic_norm, "critic_learning_rate": critic_rate,
+            "loss": loss, "gradient_norm": norm, "critic_gradient_norm": critic_norm,
+            "learning_rate": rate, "critic_learning_rate": critic_rate,
             "policy_loss": policy_loss, "ptx_loss": ptx_loss, "clip_share": clip_share, "value_loss": value_loss,
         }  # fmt: skip
         if first:
@@ -396,13 +299,13 @@ class Ppo:
         settings, models, device = self._settings, self._models, self._place.device
         sums, largest = torch.zeros(5, device=device), torch.zeros((), device=device)
         ptx = self._ptx.micro_batches(number) if self._ptx else [None] * len(micros)
-        for place, ((micro, weights_BR), ptx_batch) in enumerate(zip(micros, ptx, strict=True), 1):
+        for number_done, ((micro, weights_BR), ptx_batch) in enumerate(zip(micros, ptx, strict=True), 1):
             logp_BR, _ = models.policy_reader.logprobs(micro.ids_NS, micro.mask_NS, micro.logp_NR.shape[1])
             terms_BR, clipped_BR = policy_terms(logp_BR, micro.logp_NR, micro.advantages_NR, settings.policy_clip)  # (39)
             policy_loss = (terms_BR * weights_BR).sum()
             ptx_loss = self._ptx.loss(models.policy_reader, *ptx_batch) if self._ptx and ptx_batch else torch.zeros_like(policy_loss)
             loss = (1.0 - settings.ptx_coef) * policy_loss + settings.ptx_coef * ptx_loss  # (41)
-            models.policy.backward(loss, last=place == len(micros))
+            models.policy.backward(loss, last=number_done == len(micros))
             log_ratio_BR = (logp_BR.detach() - micro.logp_NR) * micro.response_mask_NR
             means = ((clipped_BR * weights_BR).sum(), (k3(micro.logp_NR, logp_BR.detach()) * weights_BR).sum())
             sums += torch.stack([loss.detach(), policy_loss.detach(), ptx_loss.detach(), *means])
@@ -413,11 +316,11 @@ class Ppo:
     def _learn_critic(self, micros: list[tuple[Experience, Tensor]], *, coati: bool) -> tuple[Tensor, Any]:
         """One step of the critic: value loss and gradient norm."""
         total = torch.zeros((), device=self._place.device)
-        for place, (micro, weights_BR) in enumerate(micros, 1):
+        for number_done, (micro, weights_BR) in enumerate(micros, 1):
             values_BR = self._models.critic_reader.values(micro.ids_NS, micro.mask_NS, micro.logp_NR.shape[1])
             terms_BR = value_terms(values_BR, micro.values_NR, micro.returns_NR, self._settings.value_clip)
             loss = (terms_BR * weights_BR).sum() * (1.0 if coati else 0.5)  # (40)
-            self._models.critic.backward(loss, last=place == len(micros))
+            self._models.critic.backward(loss, last=number_done == len(micros))
             total += loss.detach()
             self._place.beat()
         return total, self._models.critic.step()
@@ -465,12 +368,6 @@ class Ppo:
             )  # fmt: skip
 
 
-MEANS = ("policy_loss", "ptx_loss", "clip_share", "value_loss")
-"""Values of a step of which an iteration keeps the mean."""
-FIRST = ("first_ratio_error", "first_approximate_kl")
-"""Values of an iteration's first step."""
-
-
 class PtxRows:
     """Instruction rows for the language-model loss that is mixed into the policy's."""
 
@@ -485,7 +382,7 @@ class PtxRows:
         self._fill = collate.padding_id(tokenizer)
 
     def micro_batches(self, step: int) -> Iterator[tuple[sft.Batch, int]]:
-        """This rank's micro-batches of a step and what their token losses are divided by: as many rows as the step has sequences."""
+        """Yield the micro-batches of this rank in a step of as many rows as PPO has sequences, and what their losses are divided by."""
         place, rows = self._place, self._order.rows(step)
         step_tokens = max(1, sum(self._sequences[row].loss_tokens for row in rows))
         micros = collate.micro_steps(rows, rank=place.rank, world=place.world_size, micro=self._cell.settings.micro_batch)
@@ -503,8 +400,8 @@ def check_batches(cell: Cell, num_prompts: int, world_size: int) -> None:
     """Raise UserError if the prompts of an iteration do not divide over ranks and steps."""
     if num_prompts % world_size or num_prompts % cell.step_batch:
         raise UserError(
-            f"prompts_per_iteration do not divide; seen: {num_prompts} prompts over all ranks, {world_size} ranks, {cell.step_batch} sequences a step; "
-            "a multiple of both the ranks and the global batch would be right"
+            f"prompts_per_iteration do not divide; seen: {num_prompts} prompts over all ranks, {world_size} ranks, "
+            f"{cell.step_batch} sequences a step; a multiple of both the ranks and the global batch would be right"
         )
 
 
