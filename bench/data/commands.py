@@ -33,11 +33,13 @@ def fetch_command(
     manifest: Annotated[Path | None, typer.Option(metavar="TARGET", help="Also write the manifest here.")] = None,
 ) -> None:
     """Bring a data set onto this machine: resumed, checked, its licence shown. Once it is here nothing is done."""
-    from bench.data.fetch import fetch, fetch_for_suite
+    from bench.data.fetch import fetch
+    from bench.data.manifest import save_manifest
 
     with _progress(name) as progress:
-        options = {"from_": from_, "cache": cache, "accept_sha256": accept_sha256, "progress": progress, "say": _say}
-        found = fetch(name, **options) if manifest is None else fetch_for_suite(manifest, name, **options)
+        found = fetch(name, from_=from_, cache=cache, accept_sha256=accept_sha256, progress=progress, say=_say)
+    if manifest is not None:
+        save_manifest(found, manifest)
     rejected = f", {found.rejected_count} rejected" if found.rejected_count else ""
     typer.echo(f"{found.name}: {found.rows} rows{rejected}, sha256 {found.sha256} ({found.sha256_status})\n{found.path}")
     for row in found.rejected[:5]:
@@ -60,7 +62,7 @@ def list_command() -> None:
 
     for source in SOURCES.values():
         rows = "?" if source.rows is None else f"{source.rows}"
-        known = "not published" if source.sha256 is None else "verified" if source.sha256_verified else "stated by a mirror only"
+        known = "not published" if source.sha256 is None else "published" if source.sha256_verified else "stated by a mirror only"
         typer.echo(f"{source.name}\n  {source.title}: {source.kind}, {rows} rows, {source.format}; sha256 {known}\n  {source.licence}")
 
 

@@ -23,7 +23,6 @@ import tenacity
 
 from bench.errors import MachineError, UserError
 
-CHUNK_BYTES = 1 << 18
 LARGEST_PAGE_BYTES = 1 << 20
 DRIVE = "drive+"
 """Prefix of an address that may show Google Drive's confirmation page before the file."""
@@ -103,10 +102,12 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise MachineError(
-                f"{path}: cannot be written: {os.strerror(error.errno)}; free some space, or set COATI_BENCH_CACHE to a larger disk"
-                " (what has arrived is kept and continued)"
+                f"{path}: cannot be written: {os.strerror(error.errno)}; free some space, or use another disk (data: --cache, COATI_BENCH_CACHE);"
+                " what has arrived is kept and continued"
             ) from None
-        raise UserError(f"{path}: cannot be written: {error.strerror}; give a writable folder with --cache or COATI_BENCH_CACHE") from None
+        raise UserError(
+            f"{path}: cannot be written: {error.strerror}; use a folder that can be written (data: --cache, COATI_BENCH_CACHE)"
+        ) from None
 
 
 def discard_part(path: Path) -> None:
@@ -181,7 +182,7 @@ class _Transfer:
         _check_status(response)
         total = self._begin(response)
         with writing(self.part.path), self.part.path.open("ab") as file:
-            for chunk in response.iter_raw(CHUNK_BYTES):
+            for chunk in response.iter_raw():
                 file.write(chunk)
                 file.flush()
                 self._advanced(file.tell(), total)
@@ -312,7 +313,7 @@ def _trusted(url: str, target: str) -> str:
 
 def _page(response: httpx.Response) -> str:
     content = b""
-    for chunk in response.iter_raw(CHUNK_BYTES):
+    for chunk in response.iter_raw():
         content += chunk
         if len(content) > LARGEST_PAGE_BYTES:
             break

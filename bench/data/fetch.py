@@ -95,8 +95,7 @@ def verify(name: str | Source, *, cache: Path | None = None, folder: Path | None
 def fetch_for_suite(target: Path, name: str, **options: Any) -> Manifest:
     """Fetch `name` and write its manifest to `target` (results/<suite>/data/<name>.json)."""
     manifest = fetch(name, **options)
-    with writing(target):
-        save_manifest(manifest, target)
+    save_manifest(manifest, target)
     return manifest
 
 
@@ -384,8 +383,9 @@ def _settle(job: _Job, found: Path, origin: str, base: Manifest | None) -> Manif
     with writing(job.slot.path):
         _agree(job, manifest)
         _sync(found)
+        parts = job.slot.parts
         found.replace(job.slot.path)
-        for part in job.slot.parts:
+        for part in parts:
             discard_part(part)
         job.slot.unaccepted.unlink(missing_ok=True)
         save_manifest(manifest, job.slot.manifest)

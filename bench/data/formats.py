@@ -164,11 +164,10 @@ def _parquet_rows(path: Path) -> Iterator[Raw]:
 
 
 def _text_rows(path: Path, file: Stream) -> Iterator[Raw]:
-    start = file.read(CHUNK_BYTES)
-    seen = start.removeprefix(codecs.BOM_UTF8).lstrip(b" \t\r\n")
-    while not seen and (more := file.read(CHUNK_BYTES)):
+    start = seen = b""
+    while (len(start) < len(codecs.BOM_UTF8) or not seen) and (more := file.read(CHUNK_BYTES)):
         start += more
-        seen = more.lstrip(b" \t\r\n")
+        seen = start.removeprefix(codecs.BOM_UTF8).lstrip(b" \t\r\n")
     if seen[:1] == b"<":
         raise DataError(f"{path}: an HTML or XML page, not data: {seen[:60].decode('utf-8', 'replace')!r}; fetch the file again")
     if seen[:1] == b"[":

@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from bench.cell import STRICT
+from bench.data.download import writing
 from bench.data.formats import Kind, Rejected, check_share, parsed_rows
 from bench.data.sources import Source
 from bench.errors import DataError
@@ -113,7 +114,8 @@ def manifest_to_json(manifest: Manifest) -> dict[str, Any]:
 
 def save_manifest(manifest: Manifest, path: Path) -> None:
     """Write the manifest, atomically."""
-    write_json(manifest_to_json(manifest), path)
+    with writing(path):
+        write_json(manifest_to_json(manifest), path)
 
 
 def load_manifest(path: Path) -> Manifest:
