@@ -134,6 +134,14 @@ def leave_session_and_hang(trial: Trial, rank: int) -> int:
     return hang_deaf(trial, rank)
 
 
+def fail_after_stray(trial: Trial, rank: int) -> int:
+    """Fail once rank 0 has left a process outside of the session."""
+    note = Path(trial.work).parent / "stray0.pid"
+    while not note.exists() or not note.read_text():
+        time.sleep(0.01)
+    return exit_three(trial, rank)
+
+
 def lose_link_once(trial: Trial, rank: int) -> int:
     """Break like a rank whose rendezvous failed, at the first try only."""
     if not list(Path(trial.work).glob("attempt*")):
