@@ -5,6 +5,7 @@ Facts of ColossalAI 0.5.0 that this file answers for
 * More than one micro-step needs `enable_gradient_accumulation`; without it training silently stands still.
 * It takes only ColossalAI's own Adams, so `optimizer` is forced (`forced_settings`).
 * The norm is computed only while clipping; an infinite largest norm computes it and clips nothing.
+* A skipped fp16 step leaves the overflowed sums in place, and the next step would add to them for ever; `step` drops them.
 * Parameters that do not train are not sharded: every rank holds them whole. So with LoRA the base model is.
 * By default less than 32 Mi elements stay gathered on every rank, and accumulation over such chunks is wrong on more than one
   rank: the sum so far is multiplied by the ranks before an all-reduce that adds it up over the ranks again
@@ -58,6 +59,7 @@ class GeminiEngine(Engine):
         """See `Engine.step`. Infinite where fp16 overflowed: ColossalAI skipped that step and lowers its loss scale."""
         self._optimizer._current_grad_norm = None
         self._optimizer.step()
+        self.module.chunk_manager.accumulating_grads = False
         norm = self._optimizer.get_grad_norm()
         scale = self._optimizer.mix_precision_mixin.loss_scale if self._precision == "fp16-master" else 1.0
         return math.inf if norm is None else norm / scale
