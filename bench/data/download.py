@@ -102,8 +102,8 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise MachineError(
-                f"{path}: cannot be written: {os.strerror(error.errno)}; free some space, or use another disk (data: --cache, COATI_BENCH_CACHE);"
-                " what has arrived is kept and continued"
+                f"{path}: cannot be written: {os.strerror(error.errno)}; free some space, or use another disk (data: --cache,"
+                " COATI_BENCH_CACHE); what has arrived is kept and continued"
             ) from None
         raise UserError(
             f"{path}: cannot be written: {error.strerror}; use a folder that can be written (data: --cache, COATI_BENCH_CACHE)"

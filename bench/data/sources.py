@@ -48,6 +48,13 @@ class Source:
         return self.urls[0].startswith("synthetic:")
 
     @property
+    def user_file(self) -> Path | None:
+        """The user's own file that the rows come from: for `file:PATH`, and for what is made from it."""
+        if self.base is not None:
+            return Path(self.base.removeprefix("file:")) if self.base.startswith("file:") else None
+        return self.local_path
+
+    @property
     def local_path(self) -> Path | None:
         """The user's own file, for `file:PATH`."""
         return Path(self.urls[0].removeprefix("file:")) if self.urls[0].startswith("file:") else None
@@ -200,12 +207,25 @@ def resolve(name: str, folder: Path | None = None) -> Source:
 
 
 def data_problem(name: str, folder: Path) -> str | None:
-    """Why `name` cannot be used as data, or None; `file:` paths are relative to `folder`. No network, nothing written."""
+    """Why `name` cannot be used as data, or None. No network, nothing written.
+
+    A relative `file:` path is taken from the working folder, as everywhere; `folder` is where the suite file lies, and
+    a path that fits there only is told as such.
+    """
     try:
-        resolve(name, folder)
+        resolve(name)
     except BenchError as error:
-        return str(error)
+        return f"{error}{_beside_suite(name, folder)}"
     return None
+
+
+def _beside_suite(name: str, folder: Path) -> str:
+    """A hint for a path that was meant from the suite's own folder."""
+    try:
+        path = resolve(name, folder).user_file
+    except BenchError:
+        return ""
+    return f"; paths are taken from the working folder {Path.cwd()}, and there is one at {path}" if path else ""
 
 
 def _near(name: str) -> str:
@@ -232,6 +252,7 @@ def _local(name: str, folder: Path | None) -> Source:
         title=f"File {path.name}",
         urls=(f"file:{path}",),
         file_name=path.name,
+        bytes=path.stat().st_size,
         licence="Not stated: a file of the user.",
         format="by content",
     )

@@ -62,7 +62,10 @@ def test_what_only_a_mirror_states_is_not_called_verified() -> None:
         ("synthetic-prompts+synthetic", "unknown data 'synthetic-prompts+synthetic'"),
     ],
 )
-def test_a_name_that_is_none_is_told_with_what_would_be_right(tmp_path: Path, name: str, problem: str) -> None:
+def test_a_name_that_is_none_is_told_with_what_would_be_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, problem: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.json").touch()
     (tmp_path / "odd.json").write_text('{"question": "a"}')
     assert problem in str(data_problem(name, tmp_path))
@@ -78,15 +81,30 @@ def test_a_name_that_is_none_is_told_with_what_would_be_right(tmp_path: Path, na
         ('{"chosen": "a", "rejected": "b"}', "pairs"),
     ],
 )
-def test_a_file_of_the_user_is_found_beside_the_suite_and_its_kind_guessed(tmp_path: Path, row: str, kind: str) -> None:
+def test_a_file_of_the_user_is_found_from_the_working_folder_and_its_kind_guessed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: str, kind: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.csv").write_text(row)
     assert data_problem("file:rows.csv", tmp_path) is None
     source = resolve("file:rows.csv", tmp_path)
     assert (source.kind, source.local_path) == (kind, tmp_path / "rows.csv")
     assert resolve(f"file:{tmp_path}/rows.csv").local_path == tmp_path / "rows.csv"
+    assert resolve("file:rows.csv").local_path == tmp_path / "rows.csv"
 
 
-def test_prompts_of_any_source_can_be_given_generated_answers(tmp_path: Path) -> None:
+def test_a_path_that_was_meant_from_the_suites_folder_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "rows.json").write_text('{"instruction": "a"}')
+    monkeypatch.chdir(tmp_path)
+    problem = data_problem("file:rows.json", tmp_path / "config")
+    assert problem is not None
+    assert problem.startswith(f"data 'file:rows.json': there is no file {tmp_path}/rows.json; ")
+    assert problem.endswith(f"paths are taken from the working folder {tmp_path}, and there is one at {tmp_path}/config/rows.json")
+
+
+def test_prompts_of_any_source_can_be_given_generated_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.json").write_text('{"instruction": "a"}')
     for base in ("instructwild-seed-en", "instructwild-en", "synthetic-prompts", "file:rows.json"):
         assert data_problem(f"{base}+synthetic-instruct", tmp_path) is None
@@ -95,3 +113,5 @@ def test_prompts_of_any_source_can_be_given_generated_answers(tmp_path: Path) ->
     derived = resolve("instructwild-seed-en+synthetic-pairs")
     assert "non-commercial" in derived.licence
     assert derived.base == "instructwild-seed-en"
+    assert derived.user_file is None
+    assert resolve("file:rows.json+synthetic-pairs").user_file == tmp_path / "rows.json"
