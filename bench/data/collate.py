@@ -70,7 +70,8 @@ def encode_instruct(rows: Sequence[dict[str, Any]], tokenizer: Any, length: int,
     prompts = _tokenise([instruct_prompt(row) for row in rows], tokenizer, True, beat)
     outputs = _tokenise([row["output"] for row in rows], tokenizer, False, beat)
     return [
-        Tokens((prompt + output + [tokenizer.eos_token_id])[:length], min(len(prompt), length)) for prompt, output in zip(prompts, outputs, strict=True)
+        Tokens((prompt + output + [tokenizer.eos_token_id])[:length], min(len(prompt), length))
+        for prompt, output in zip(prompts, outputs, strict=True)
     ]
 
 
@@ -80,7 +81,8 @@ def encode_pairs(rows: Sequence[dict[str, Any]], tokenizer: Any, length: int, be
     answers = [_tokenise([row[side] for row in rows], tokenizer, False, beat) for side in ("chosen", "rejected")]
     end = [tokenizer.eos_token_id]
     return [
-        Pair((prompt + chosen + end)[:length], (prompt + rejected + end)[:length]) for prompt, chosen, rejected in zip(prompts, *answers, strict=True)
+        Pair((prompt + chosen + end)[:length], (prompt + rejected + end)[:length])
+        for prompt, chosen, rejected in zip(prompts, *answers, strict=True)
     ]
 
 
@@ -196,18 +198,26 @@ def _pad(sequences: Sequence[Sequence[int]], fill: int, width: int | None, *, le
     return Padded(ids_BT, mask_BT)
 
 
-def shifted_targets(sequences: Sequence[Tokens], width: int) -> Tensor:
-    """What the logits at each position should predict, shape BT: the next token where it carries loss, else `NO_LOSS`.
+class LossPlaces(NamedTuple):
+    """Where loss is read in a batch: places in the flattened B x T, and the token that the logits there should predict."""
 
-    >>> shifted_targets([Tokens([5, 6, 7, 8], 2)], 5).tolist()
-    [[-100, 7, 8, -100, -100]]
+    place_K: Tensor
+    target_K: Tensor
+
+
+def loss_places(sequences: Sequence[Tokens], width: int) -> LossPlaces:
+    """The places of all tokens that carry loss; never empty: a batch without any gets one place with the target `NO_LOSS`.
+
+    >>> [tensor.tolist() for tensor in loss_places([Tokens([5, 6, 7, 8], 2), Tokens([5, 9], 0)], width=5)]
+    [[1, 2, 5], [7, 8, 9]]
     """
-    targets_BT = torch.full((len(sequences), width), NO_LOSS, dtype=torch.long)
+    places: list[int] = []
+    targets: list[int] = []
     for row, (ids, prompt) in enumerate(sequences):
         first = max(prompt, 1)
-        if first < len(ids):
-            targets_BT[row, first - 1 : len(ids) - 1] = torch.tensor(ids[first:], dtype=torch.long)
-    return targets_BT
+        places += range(row * width + first - 1, row * width + len(ids) - 1)
+        targets += ids[first:]
+    return LossPlaces(torch.tensor(places or [0], dtype=torch.long), torch.tensor(targets or [NO_LOSS], dtype=torch.long))
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -163,7 +163,7 @@ class Ppo:
         self._engine = self._rollout_engine()
 
     def _rollout_engine(self) -> CachedRollout:
-        settings, place, policy = self._settings, self._place, self._models.policy_reader
+        settings, place, policy = self._settings, self._place, self._models.policy_reader.reader
         sampling = Sampling(
             temperature=settings.temperature,
             top_k=settings.top_k,
@@ -393,7 +393,7 @@ class PtxRows:
     @staticmethod
     def loss(policy: LanguageModel, batch: sft.Batch, denominator: int) -> Tensor:
         """Share of this micro-batch in the step's ptx loss."""
-        return sft.token_losses(policy.module, policy.places, batch).sum() / denominator
+        return sft.token_losses(policy.reader, batch).sum() / denominator
 
 
 def check_batches(cell: Cell, num_prompts: int, world_size: int) -> None:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from bench.data.collate import NO_LOSS
 from bench.models.build import accepts_position_ids, add_lora, backbone, build_policy, build_scorer, counts, initial_sha256, position_ids
 from bench.rl.losses import masked_mean, token_logprobs
-from bench.rollout.head import HeadWindow, windowed
+from bench.rollout.head import HeadWindow
 from bench.stages.base import Place
 from bench.stages.job import model_facts
+from bench.stages.reader import Reader
 from bench.stages.rm import sequence_scores
 from bench.strategies.base import Engine, Strategy
 from bench.trial import Trial
@@ -25,23 +26,12 @@ from bench.trial import Trial
 class LanguageModel(NamedTuple):
     """The policy, or its frozen reference, as PPO reads it."""
 
-    module: nn.Module
-    window: HeadWindow
-    places: bool
-    """Whether it takes position ids; they count real tokens only (24)."""
+    reader: Reader
     temperature: float
-
-    def logits(self, ids_BS: Tensor, mask_BS: Tensor, length: int) -> Tensor:
-        """The logits that predict the last `length` tokens, BRV; (27) the head computes no others."""
-        window = slice(-length - 1, -1)
-        places = {"position_ids": position_ids(mask_BS)} if self.places else {}
-        with self.window.positions(window):
-            output = self.module(input_ids=ids_BS, attention_mask=mask_BS, use_cache=False, **places)
-        return windowed(output.logits, ids_BS.shape[1], window)
 
     def logprobs(self, ids_BS: Tensor, mask_BS: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Log-probability of each response token (0 behind its end), and the logits they come from."""
-        logits_BRV = self.logits(ids_BS, mask_BS, length)
+        logits_BRV = self.reader.logits(ids_BS, mask_BS, slice(-length - 1, -1))  # (27)
         targets_BR = ids_BS[:, -length:].masked_fill(mask_BS[:, -length:] == 0, NO_LOSS)
         return token_logprobs(logits_BRV, targets_BR, temperature=self.temperature), logits_BRV  # (26)
 
@@ -108,9 +98,9 @@ def build_models(trial: Trial, strategy: Strategy, place: Place) -> Models:
     return Models(
         policy=policy_engine,
         critic=critic_engine,
-        policy_reader=LanguageModel(policy_engine.module, window, places, settings.temperature),
+        policy_reader=LanguageModel(Reader(policy_engine.module, window, places), settings.temperature),
         critic_reader=ScoreModel(critic_engine.module, places, switches),
-        reference=LanguageModel(reference, HeadWindow(backbone(reference)), places, settings.temperature),
+        reference=LanguageModel(Reader(reference, HeadWindow(backbone(reference)), places), settings.temperature),
         reward=ScoreModel(reward, places, switches),
         config=config,
         lora=lora,

@@ -1,7 +1,7 @@
 """Stage 1, supervised fine-tuning: the language-model loss of responses to instructions.
 
 The numbered details are explained, with their sources, in docs/implementation-details.md. Shapes: B sequences, T positions,
-V vocabulary.
+K places in B x T that carry loss.
 """
 
 from __future__ import annotations
@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bench.cell import Cell
 from bench.checkpoint import save_checkpoint
 from bench.data import collate
-from bench.models.build import accepts_position_ids, add_lora, build_policy, build_tokenizer, counts, initial_sha256, position_ids
+from bench.models.build import accepts_position_ids, add_lora, build_policy, build_tokenizer, counts, initial_sha256
 from bench.rl.losses import token_logprobs
+from bench.rollout.head import HeadWindow
 from bench.stages.base import Place, StepReport, step_count
 from bench.stages.job import model_facts, read_split, started_from, sum_over_ranks
+from bench.stages.reader import Reader
 from bench.stages.schedule import learning_rate_at
 from bench.strategies.base import Strategy
 from bench.trial import Trial
@@ -35,7 +37,8 @@ class Batch(NamedTuple):
 
     ids_BT: Tensor
     mask_BT: Tensor
-    targets_BT: Tensor
+    place_K: Tensor
+    target_K: Tensor
     loss_tokens: int
     tokens: int
 
@@ -46,19 +49,18 @@ def collate_batch(sequences: Sequence[collate.Tokens], fill: int, device: torch.
     (3) Only response tokens carry loss; prompt and padding do not. (4) The mask comes from lengths, not from `ids != pad`.
     """
     padded = collate.pad_right([sequence.ids for sequence in sequences], fill)
-    targets_BT = collate.shifted_targets(sequences, padded.ids_BT.shape[1])
+    places = collate.loss_places(sequences, padded.ids_BT.shape[1])
     return Batch(
-        *(collate.to_device(tensor, device) for tensor in (padded.ids_BT, padded.mask_BT, targets_BT)),
+        *(collate.to_device(tensor, device) for tensor in (*padded, *places)),
         loss_tokens=sum(sequence.loss_tokens for sequence in sequences),
         tokens=sum(len(sequence.ids) for sequence in sequences),
     )
 
 
-def token_losses(module: nn.Module, places: bool, batch: Batch) -> Tensor:
-    """Minus log-probability of each target, BT, 0 where there is none; `places`: whether the model takes position ids."""
-    arguments = {"position_ids": position_ids(batch.mask_BT)} if places else {}
-    logits_BTV = module(input_ids=batch.ids_BT, attention_mask=batch.mask_BT, use_cache=False, **arguments).logits
-    return -token_logprobs(logits_BTV, batch.targets_BT)
+def token_losses(reader: Reader, batch: Batch) -> Tensor:
+    """Minus log-probability of each token that carries loss, K; (10) the head computes no other logits."""
+    logits_1KV = reader.logits(batch.ids_BT, batch.mask_BT, batch.place_K)
+    return -token_logprobs(logits_1KV, batch.target_K.unsqueeze(0)).squeeze(0)
 
 
 def loss_denominator(cell: Cell, batch: Batch, step_tokens: int, num_micro_batches: int) -> int:
@@ -91,9 +93,10 @@ class Sft:
         policy = build_policy(trial)
         self._config = policy.config
         self._lora = add_lora(policy, self._cell, trial.seed)
-        self._places = accepts_position_ids(policy)
+        window, places = HeadWindow(policy), accepts_position_ids(policy)
         self.facts = model_facts(counts(policy), initial_sha256(policy), self._lora)
         self._engine = strategy.prepare(policy, self._cell, place.device, learning_rate=settings.learning_rate)
+        self._reader = Reader(self._engine.module, window, places)
 
     def advance(self, index: int) -> StepReport:
         """One optimizer step."""
@@ -110,7 +113,7 @@ class Sft:
         for micro, members in enumerate(micros, 1):
             batch = collate_batch([self._sequences[row] for row in members], self._fill, place.device)
             denominator = loss_denominator(self._cell, batch, step_tokens, len(micros) * place.world_size)
-            part = token_losses(self._engine.module, self._places, batch).sum() / denominator
+            part = token_losses(self._reader, batch).sum() / denominator
             self._engine.backward(part, last=micro == len(micros))
             loss += part.detach()
             _count(work, batch)
@@ -130,9 +133,8 @@ class Sft:
         micro = self._cell.settings.micro_batch
         for rows, weights in collate.held_out_steps(len(sequences), rank=place.rank, world=place.world_size, micro=micro):
             batch = collate_batch([sequences[row] for row in rows], self._fill, place.device)
-            weight_B = torch.tensor(weights, device=place.device)
-            losses_B = token_losses(self._engine.module, self._places, batch).sum(dim=1)
-            totals += torch.stack([(losses_B * weight_B).sum(), ((batch.targets_BT >= 0).sum(dim=1) * weight_B).sum()])
+            weight_K = torch.tensor(weights, device=place.device)[batch.place_K // batch.ids_BT.shape[1]]
+            totals += torch.stack([(token_losses(self._reader, batch) * weight_K).sum(), ((batch.target_K >= 0) * weight_K).sum()])
             place.beat()
         self._engine.module.train()
         loss, tokens = sum_over_ranks(totals, place).tolist()
