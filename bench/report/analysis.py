@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
+from math import log
 
 from bench.cell import Cell
 from bench.report.bands import Band, judge_bands
 from bench.report.inventory import BASELINE, STAGE_ORDER, Inventory, Missing, Row, cell_order
 from bench.report.metrics import METRICS, Trial, primary_metric
 from bench.report.parity import Parity, comparison_key, judge
-from bench.report.statistics import Comparison, Summary, compare, verdicts
+from bench.report.statistics import THRESHOLD, Comparison, Summary, compare, verdicts
 
 MEMORY = ("device_memory_gib", "peak_allocated_gib", "host_peak_gib")
 """Memory metrics, the most telling first."""
@@ -105,12 +106,13 @@ class RankedSet:
     """One of them, for what they share."""
     results: tuple[CellResult, ...]
 
-    def best(self, name: str, *, highest: bool) -> CellResult | None:
-        """The ranked cell with the best median; None where fewer than two have one."""
+    def leaders(self, name: str, *, highest: bool) -> list[CellResult]:
+        """The ranked cell with the best median, and those within the practical threshold of it; empty where fewer than two are ranked."""
         known = [(summary.middle, result) for result in self.results if result.ranked and (summary := result.summary(name))]
-        if len(known) < 2:
-            return None
-        return (max if highest else min)(known, key=lambda item: item[0])[1]
+        if len(known) < 2 or min(value for value, _ in known) <= 0:
+            return []
+        ordered = sorted(known, key=lambda item: -item[0] if highest else item[0])
+        return [result for value, result in ordered if abs(log(value / ordered[0][0])) <= THRESHOLD]
 
 
 @dataclass(eq=False)
@@ -177,7 +179,9 @@ def analyse(inventory: Inventory, references: Sequence[Row] = ()) -> Analysis:
     return Analysis(inventory, tuple(results), parities, bands, trials)
 
 
-def _result(rows: list[Row], trials: dict[str, Trial], parities: dict[str, Parity], bands: dict[str, Band], missing: list[Missing]) -> CellResult:
+def _result(
+    rows: list[Row], trials: dict[str, Trial], parities: dict[str, Parity], bands: dict[str, Band], missing: list[Missing]
+) -> CellResult:
     files = tuple(row.file for row in rows)
     return CellResult(
         rows[0].cell,

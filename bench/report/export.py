@@ -67,7 +67,7 @@ def result_table(rows: list[dict[str, Any]]) -> pa.Table:
 def _type(name: str, values: list[Any]) -> pa.DataType:
     """Metrics and mixed numbers are float64 whatever the data; a column without any value is text."""
     kinds = {type(value) for value in values if value is not None}
-    if name in METRICS or name.startswith("parity_") and name.endswith("deviation") or kinds in ({float}, {int, float}):
+    if name in METRICS or (name.startswith("parity_") and name.endswith("deviation")) or kinds in ({float}, {int, float}):
         return pa.float64()
     return {frozenset({int}): pa.int64(), frozenset({bool}): pa.bool_()}.get(frozenset(kinds), pa.string())
 

@@ -11,8 +11,6 @@ from bench.report.metrics import METRICS, primary_metric
 from bench.report.text import counted, listed, lora, number, shape
 from bench.stages.base import SPECS
 
-SHOWN_SETS = 12
-
 
 @dataclass(frozen=True, slots=True)
 class Tile:
@@ -43,7 +41,8 @@ def sentences(analysis: Analysis) -> list[str]:
 def _what_ran(analysis: Analysis) -> str:
     outcomes, plan = analysis.outcomes, analysis.inventory.plan
     failed = {name: count for name, count in sorted(outcomes.items()) if name != "ok"}
-    parts = [f"{outcomes['ok']} of {counted(sum(outcomes.values()), 'trial')} ended ok"]
+    total = sum(outcomes.values())
+    parts = [f"{outcomes['ok']} of {counted(total, 'trial')} ended ok" if failed else f"All {total} trials ended ok"]
     if failed:
         parts.append(f"{sum(failed.values())} did not ({listed([f'{count} {name}' for name, count in failed.items()])})")
     if plan is not None:
@@ -68,9 +67,9 @@ def _whether_losses_agree(analysis: Analysis) -> str:
     rest = f" {counted(states['no partner'], 'trial has', 'trials have')} no partner to be compared with." if states["no partner"] else ""
     if not states["struck"]:
         return f"Losses agree: {_all(judged)} with naive within tolerance{tail}.{rest}"
-    names = sorted({analysis.trials[file].cell.strategy for file, parity in analysis.parities.items() if parity.state == "struck"})
+    which = sorted({analysis.trials[file].cell.strategy for file, parity in analysis.parities.items() if parity.state == "struck"})
     return (
-        f"Losses do not all agree: {states['struck']} of {counted(judged, 'comparable trial')} ({listed(names)}) "
+        f"Losses do not all agree: {states['struck']} of {counted(judged, 'comparable trial')} ({listed(which)}) "
         f"{'is' if states['struck'] == 1 else 'are'} struck and not ranked.{rest}"
     )
 
@@ -82,11 +81,15 @@ def _all(judged: int) -> str:
 def _worst(analysis: Analysis) -> str:
     """Largest deviation of the agreeing trials, in fp32 and in 16 bits."""
     largest: dict[str, float] = {}
-    for file, parity in analysis.parities.items():
+    for parity in analysis.parities.values():
         if parity.state == "agrees" and parity.curve is not None:
-            kind = "fp32" if analysis.trials[file].cell.settings.precision == parity.partner_precision == "fp32" else "16 bits"
+            kind = "fp32" if parity.single else "16 bits"
             largest[kind] = max(largest.get(kind, 0.0), parity.curve)
-    return "largest deviation " + listed([f"{value:.1e} in {kind}" for kind, value in sorted(largest.items(), reverse=True)]) if largest else ""
+    return (
+        "largest deviation " + listed([f"{value:.1e} in {kind}" for kind, value in sorted(largest.items(), reverse=True)])
+        if largest
+        else ""
+    )
 
 
 def _speed(analysis: Analysis) -> Iterator[str]:
@@ -102,22 +105,30 @@ def _speed(analysis: Analysis) -> Iterator[str]:
 
 
 def _stage_sentence(stage: str, sets: list[RankedSet]) -> str:
-    fastest = Counter(best.cell.strategy for item in sets if (best := _fastest(item)))
-    leanest = Counter(best.cell.strategy for item in sets if (best := _leanest(item)))
+    fastest = Counter(names(leaders) for item in sets if (leaders := _fastest(item)))
+    leanest = Counter(names(leaders) for item in sets if (leaders := _leanest(item)))
     if not fastest:
         return ""
-    total = sum(fastest.values())
-    words = f"{SPECS[stage].title}: {_leaders(fastest, total)} {'has' if len(fastest) == 1 else 'have'} the highest throughput"
+    words = f"{SPECS[stage].title}: highest throughput {_counted_leaders(fastest)}"
     if leanest:
-        words += f", {_leaders(leanest, sum(leanest.values()))} the least memory"
-    claims = {best.verdict for item in sets if (best := _fastest(item))}
-    few = all("no claim" in claim or claim == "baseline" for claim in claims)
-    return f"{words}{' (observed; too few trials for a claim)' if few else ''}."
+        words += f"; least memory {_counted_leaders(leanest)}"
+    return f"{words}{' (observed; too few trials for a claim)' if not any(map(_claimed, sets)) else ''}."
 
 
-def _leaders(counts: Counter[str], total: int) -> str:
-    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    return ordered[0][0] if len(ordered) == 1 else listed([f"{name} ({count} of {total} comparisons)" for name, count in ordered])
+def _claimed(item: RankedSet) -> bool:
+    """Whether any strategy of the set is faster or slower than `naive` by the statistics."""
+    return any(result.verdict in ("faster", "slower", "equal") for result in item.results)
+
+
+def names(leaders: list[CellResult]) -> str:
+    """The best strategy, and those within the practical threshold of it."""
+    first, *others = [result.cell.strategy for result in leaders]
+    return f"{first} ({listed(others)} within 3 %)" if others else first
+
+
+def _counted_leaders(counts: Counter[str]) -> str:
+    ordered, total = sorted(counts.items(), key=lambda item: (-item[1], item[0])), sum(counts.values())
+    return ordered[0][0] if len(ordered) == 1 else "; ".join(f"in {count} of {total} comparisons {name}" for name, count in ordered)
 
 
 def _bands(analysis: Analysis) -> Iterator[str]:
@@ -135,12 +146,12 @@ def _quality(analysis: Analysis) -> Iterator[str]:
 # -- answers -----------------------------------------------------------------------------------------------------
 
 
-def _fastest(item: RankedSet) -> CellResult | None:
-    return item.best(primary_metric(item.cell.stage), highest=True)
+def _fastest(item: RankedSet) -> list[CellResult]:
+    return item.leaders(primary_metric(item.cell.stage), highest=True)
 
 
-def _leanest(item: RankedSet) -> CellResult | None:
-    return item.best(memory_metric(item.results), highest=False)
+def _leanest(item: RankedSet) -> list[CellResult]:
+    return item.leaders(memory_metric(item.results), highest=False)
 
 
 def answers(analysis: Analysis) -> list[Answer]:
@@ -148,17 +159,19 @@ def answers(analysis: Analysis) -> list[Answer]:
     found = []
     for item in analysis.ranked_sets:
         fastest, leanest = _fastest(item), _leanest(item)
-        if fastest is None or leanest is None:
-            continue
-        primary, memory = primary_metric(item.cell.stage), memory_metric(item.results)
-        found.append(Answer(_question(item), fastest.cell.strategy, _note(fastest, primary), leanest.cell.strategy, _note(leanest, memory)))
+        if fastest and leanest:
+            notes = _note(fastest[0], primary_metric(item.cell.stage)), _note(leanest[0], memory_metric(item.results))
+            found.append(Answer(_question(item, analysis), names(fastest), notes[0], names(leanest), notes[1]))
     return found
 
 
-def _question(item: RankedSet) -> str:
-    cell = item.cell
-    adapters = f"LoRA {lora(cell)}" if cell.lora_rank else "full fine-tuning"
-    return f"{SPECS[cell.stage].title} · {cell.model} · {adapters} · {shape(cell)} · {cell.settings.precision}"
+def _question(item: RankedSet, analysis: Analysis) -> str:
+    """Stage, LoRA rank and ranks; model and precision where there are several."""
+    cell, cells = item.cell, [result.cell for result in analysis.results]
+    models, precisions = {it.model for it in cells}, {it.settings.precision for it in cells}
+    adapters = f"LoRA {lora(cell)}" if cell.lora_rank else "full"
+    parts = [SPECS[cell.stage].title, *([cell.model] if len(models) > 1 else []), adapters, shape(cell)]
+    return " · ".join(parts + ([cell.settings.precision] if len(precisions) > 1 else []))
 
 
 def _note(result: CellResult, name: str) -> str:
@@ -177,10 +190,17 @@ def tiles(analysis: Analysis) -> list[Tile]:
     strips = [
         Tile("trials ok", str(outcomes["ok"]), f"of {total}", "good" if failed == 0 else ""),
         Tile("failed", str(failed), "a failure is a result", "bad" if failed else ""),
-        Tile("losses agree", f"{states['agrees']}", f"of {judged} compared with naive", "bad" if states["struck"] else "good" if judged else ""),
+        Tile(
+            "losses agree",
+            f"{states['agrees']}",
+            f"of {judged} compared with naive",
+            "bad" if states["struck"] else "good" if judged else "",
+        ),
         Tile("strategies", str(len(analysis.strategies)), f"in {counted(len(analysis.stages), 'stage')}"),
     ]
     if plan is not None:
         strips.insert(2, Tile("skipped", str(len(plan.skipped)), "impossible, with reasons"))
-        strips.insert(3, Tile("missing", str(len(analysis.inventory.missing)), "planned, no record", "warn" if analysis.inventory.missing else ""))
+        strips.insert(
+            3, Tile("missing", str(len(analysis.inventory.missing)), "planned, no record", "warn" if analysis.inventory.missing else "")
+        )
     return strips

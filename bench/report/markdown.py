@@ -14,10 +14,10 @@ MOST_LISTED = 20
 
 
 def plain(text: str) -> str:
-    """`text` so that Markdown and HTML leave it alone, on one line.
+    r"""`text` so that Markdown and HTML leave it alone, on one line.
 
     >>> plain("a|b <script>")
-    'a\\\\|b \\\\<script\\\\>'
+    'a\\|b \\<script\\>'
     """
     return SPECIAL.sub(r"\\\1", " ".join(text.split()))
 
@@ -58,9 +58,9 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], numeric: Sequenc
 
 def _stage(stage: StagePart) -> Iterator[str]:
     yield f"## {plain(stage.title)}"
-    used = {state for _, states in stage.grid.lines for state in states if state}
-    yield _table(["strategy", *stage.grid.columns], [[name, *(SYMBOLS.get(state, "") for state in states)] for name, states in stage.grid.lines])
-    yield plain("; ".join(f"{SYMBOLS[state]} {STATE_WORDS[state]}" for state in SYMBOLS if state in used) + ".")
+    heads = [" · ".join(parts) for parts in stage.grid.columns]
+    yield _table(["strategy", *heads], [[name, *(SYMBOLS.get(state, "") for state in states)] for name, states in stage.grid.lines])
+    yield plain("; ".join(f"{SYMBOLS[state]} {STATE_WORDS[state]}" for state in stage.grid.states) + ".")
     columns = stage.table.columns
     rows = [[_entry(entry) for entry in line.cells] for line in stage.table.lines]
     yield _table([_head(column) for column in columns], rows, [column.numeric for column in columns])

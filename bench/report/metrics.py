@@ -20,12 +20,13 @@ from bench.stages.base import SPECS
 
 GIB = 2**30
 STAGES = tuple(SETTINGS)
-MEASUREMENT = "measurement rules of this suite"
+WINDOW = "Lap.counts and Lap.seconds of the timed window"
+PHASES = "Lap.phases of the timed window"
 PHASE_SLACK = 1.03
 """Phases may exceed the lap by this factor at most, see `physics`."""
 
 
-class NoValue(Exception):
+class NoValue(Exception):  # noqa: N818 (an answer, not an error)
     """Why a metric has no value in a record."""
 
 
@@ -66,8 +67,16 @@ def metric(
         key = name or compute.__name__
         text = " ".join((compute.__doc__ or "").split())
         METRICS[key] = Metric(
-            name=key, title=title, unit=unit, direction=direction, stages=stages, source=source, explanation=text, clocked=clocked, compute=compute
-        )  # fmt: skip
+            name=key,
+            title=title,
+            unit=unit,
+            direction=direction,
+            stages=stages,
+            source=source,
+            explanation=text,
+            clocked=clocked,
+            compute=compute,
+        )
         return compute
 
     return register
@@ -163,46 +172,49 @@ class Trial:
 # -- speed -------------------------------------------------------------------------------------------------------
 
 
-@metric(title="loss tokens/s", unit="tokens/s", direction="higher", source=MEASUREMENT, stages=("sft", "rm"), clocked=True)
+@metric(title="loss tokens/s", unit="tokens/s", direction="higher", source=WINDOW, stages=("sft", "rm"), clocked=True)
 def loss_tokens_per_second(trial: Trial) -> float:
     """Tokens that carry loss, summed over data-parallel ranks, over the elapsed time of the slowest rank in the timed window.
-    Never a mean of rates and never a mean over ranks, which hides the straggler."""
+    Never a mean of rates and never a mean over ranks, which hides the straggler.
+    """
     return trial.rate("loss_tokens")
 
 
-@metric(title="tokens/s", unit="tokens/s", direction="higher", source=MEASUREMENT, stages=("sft", "rm"), clocked=True)
+@metric(title="tokens/s", unit="tokens/s", direction="higher", source=WINDOW, stages=("sft", "rm"), clocked=True)
 def tokens_per_second(trial: Trial) -> float:
     """Tokens that are not padding, prompts included, over the same window."""
     return trial.rate("tokens")
 
 
-@metric(title="padded tokens/s", unit="tokens/s", direction="none", source=MEASUREMENT, stages=("sft", "rm"), clocked=True)
+@metric(title="padded tokens/s", unit="tokens/s", direction="none", source=WINDOW, stages=("sft", "rm"), clocked=True)
 def padded_tokens_per_second(trial: Trial) -> float:
     """Tokens with padding over the same window: what the device computed, useful or not."""
     return trial.rate("padded_tokens")
 
 
-@metric(title="sequences/s", unit="sequences/s", direction="higher", source=MEASUREMENT, clocked=True)
+@metric(title="sequences/s", unit="sequences/s", direction="higher", source=WINDOW, clocked=True)
 def sequences_per_second(trial: Trial) -> float:
-    """Sequences over the same window; a sample of the reward model is a preference pair, two sequences. PPO: rollouts that were also learned
-    from."""
+    """Sequences over the same window; a sample of the reward model is a preference pair, two sequences. PPO: rollouts, each also
+    learned from.
+    """
     return trial.rate("sequences")
 
 
-@metric(title="loss tokens/s per device", unit="tokens/s", direction="higher", source=MEASUREMENT, stages=("sft", "rm"), clocked=True)
+@metric(title="loss tokens/s per device", unit="tokens/s", direction="higher", source=WINDOW, stages=("sft", "rm"), clocked=True)
 def loss_tokens_per_second_per_device(trial: Trial) -> float:
     """Loss tokens/s divided by every rank of the job."""
     return trial.rate("loss_tokens") / trial.cell.world_size
 
 
-@metric(title="step time", unit="s", direction="lower", source=MEASUREMENT, clocked=True)
+@metric(title="step time", unit="s", direction="lower", source=WINDOW, clocked=True)
 def step_seconds(trial: Trial) -> float:
     """Median over the laps of the window: seconds of the slowest rank / steps of the lap. PPO: seconds of an iteration (one rollout and
-    its learning)."""
+    its learning).
+    """
     return median(lap.seconds / lap.steps for lap in trial.timed().laps if lap.steps)
 
 
-@metric(title="straggler ratio", unit="x", direction="lower", source=MEASUREMENT, clocked=True)
+@metric(title="straggler ratio", unit="x", direction="lower", source=WINDOW, clocked=True)
 def straggler_ratio(trial: Trial) -> float:
     """Seconds of the slowest rank over those of the median rank, summed over the window."""
     totals = [sum(seconds) for seconds in zip(*(lap.seconds_by_rank for lap in trial.timed().laps), strict=True)]
@@ -211,7 +223,7 @@ def straggler_ratio(trial: Trial) -> float:
     return max(totals) / median(totals)
 
 
-@metric(title="padding efficiency", unit="share", direction="higher", source=MEASUREMENT, stages=("sft", "rm"))
+@metric(title="padding efficiency", unit="share", direction="higher", source="Lap.counts of the timed window", stages=("sft", "rm"))
 def padding_efficiency(trial: Trial) -> float:
     """Tokens that are not padding / tokens with padding, over the timed window. A count, so it holds on any machine."""
     if trial.window is None:
@@ -222,7 +234,7 @@ def padding_efficiency(trial: Trial) -> float:
     return tokens / padded
 
 
-@metric(title="time to first step", unit="s", direction="lower", source=MEASUREMENT, clocked=True)
+@metric(title="time to first step", unit="s", direction="lower", source="Part.seconds", clocked=True)
 def time_to_first_step(trial: Trial) -> float:
     """From the start of a rank to the end of its first step: import, load, shard, compile. Slowest rank."""
     values = [part.seconds["time_to_first_step"] for part in trial.record.parts if "time_to_first_step" in part.seconds]
@@ -249,7 +261,8 @@ def peak_reserved_gib(trial: Trial) -> float:
 @metric(title="device memory", unit="GiB", direction="lower", source="NVML memory info, idle baseline subtracted", clocked=True)
 def device_memory_gib(trial: Trial) -> float:
     """What the driver saw used, polled from outside the training process, less the idle baseline; largest device. Torch misses the context
-    and NCCL's buffers, this does not."""
+    and NCCL's buffers, this does not.
+    """
     peaks = trial.record.observed.get("device_memory_peak_bytes")
     values = [value for value in peaks.values() if isinstance(value, int)] if isinstance(peaks, dict) else []
     if not values:
@@ -257,7 +270,7 @@ def device_memory_gib(trial: Trial) -> float:
     return trial.possible(max(values)) / GIB
 
 
-@metric(title="host peak", unit="GiB", direction="lower", source="getrusage: ru_maxrss", clocked=True)
+@metric(title="host peak", unit="GiB", direction="lower", source="/proc/self/status: VmHWM", clocked=True)
 def host_peak_gib(trial: Trial) -> float:
     """Peak resident set of a rank's process; largest rank."""
     return trial.largest("host_peak_bytes", lambda part: part.memory.host_peak_bytes)
@@ -266,14 +279,15 @@ def host_peak_gib(trial: Trial) -> float:
 # -- loss --------------------------------------------------------------------------------------------------------
 
 
-@metric(title="first loss", unit="nats", direction="none", source=MEASUREMENT)
+@metric(title="first loss", unit="nats", direction="none", source="Part.series: loss")
 def first_loss(trial: Trial) -> float:
     """Loss of the first step: sum of token losses / loss tokens of the whole step, over all ranks and micro-steps. The parity test starts
-    here, before any update. PPO: the policy's loss."""
+    here, before any update. PPO: the policy's loss.
+    """
     return trial.series("loss")[0]
 
 
-@metric(title="final loss", unit="nats", direction="lower", source=MEASUREMENT, stages=("sft", "rm"))
+@metric(title="final loss", unit="nats", direction="lower", source="Part.series: loss", stages=("sft", "rm"))
 def final_loss(trial: Trial) -> float:
     """Mean loss of the last lap's steps: single steps are noisy, as each sees other data."""
     return fmean(trial.series("loss")[-trial.cell.settings.lap_steps :])
@@ -299,7 +313,14 @@ def _register_edge(name: str, edge: str, unit: str, direction: str, stages: tupl
         return trial.lead.held_out[key]
 
     compute.__doc__ = f"Held-out {words} {edge} training, on rows (PPO: prompts) that are never trained on, outside the timed laps."
-    metric(title=f"held-out {words} {edge}", unit=unit, direction=direction, source=MEASUREMENT, stages=stages, name=f"held_out_{name}_{edge}")(compute)
+    metric(
+        title=f"held-out {words} {edge}",
+        unit=unit,
+        direction=direction,
+        source="Part.held_out",
+        stages=stages,
+        name=f"held_out_{name}_{edge}",
+    )(compute)
 
 
 _register_held_out()
@@ -308,19 +329,19 @@ _register_held_out()
 # -- PPO ---------------------------------------------------------------------------------------------------------
 
 
-@metric(title="prompt tokens/s", unit="tokens/s", direction="higher", source=MEASUREMENT, stages=("ppo",), clocked=True)
+@metric(title="prompt tokens/s", unit="tokens/s", direction="higher", source=WINDOW, stages=("ppo",), clocked=True)
 def prompt_tokens_per_second(trial: Trial) -> float:
     """Prompt tokens that are not padding, over whole iterations."""
     return trial.rate("prompt_tokens")
 
 
-@metric(title="response tokens/s", unit="tokens/s", direction="higher", source=MEASUREMENT, stages=("ppo",), clocked=True)
+@metric(title="response tokens/s", unit="tokens/s", direction="higher", source=WINDOW, stages=("ppo",), clocked=True)
 def response_tokens_per_second(trial: Trial) -> float:
     """Generated tokens over whole iterations, learning included: what a PPO user waits for."""
     return trial.rate("response_tokens")
 
 
-@metric(title="learned tokens/s", unit="tokens/s", direction="higher", source=MEASUREMENT, stages=("ppo",), clocked=True)
+@metric(title="learned tokens/s", unit="tokens/s", direction="higher", source=WINDOW, stages=("ppo",), clocked=True)
 def learned_tokens_per_second(trial: Trial) -> float:
     """Response tokens that an update was computed from, each PPO epoch counted, over whole iterations."""
     return trial.rate("learned_tokens")
@@ -339,7 +360,7 @@ def is_making(phase: str) -> bool:
 def phase_means(trial: Trial) -> dict[str, float]:
     """Mean seconds per iteration of each phase over the window, slowest rank of each lap; NoValue where there are none."""
     window = trial.timed()
-    names = [name for name in dict.fromkeys(name for lap in window.laps for name in lap.phases)]
+    names = list(dict.fromkeys(name for lap in window.laps for name in lap.phases))
     if not names:
         raise NoValue("the laps have no phases")
     for lap in window.laps:
@@ -348,19 +369,26 @@ def phase_means(trial: Trial) -> dict[str, float]:
     return {name: sum(lap.phases.get(name, 0.0) for lap in window.laps) / window.steps for name in names}
 
 
-@metric(title="make experience", unit="s", direction="lower", source="Coati PerformanceEvaluator: make_experience", stages=("ppo",), clocked=True)
+@metric(
+    title="make experience",
+    unit="s",
+    direction="lower",
+    source="Coati's make_experience; " + PHASES,
+    stages=("ppo",),
+    clocked=True,
+)
 def make_experience_seconds(trial: Trial) -> float:
     """Mean seconds per iteration of rollout, scoring and advantages: every phase but learning, synchronising and the rest."""
     return sum(value for name, value in phase_means(trial).items() if is_making(name))
 
 
-@metric(title="learn", unit="s", direction="lower", source="Coati PerformanceEvaluator: learn", stages=("ppo",), clocked=True)
+@metric(title="learn", unit="s", direction="lower", source="Coati's learn; " + PHASES, stages=("ppo",), clocked=True)
 def learn_seconds(trial: Trial) -> float:
     """Mean seconds per iteration of the updates of policy and critic."""
     return sum(value for name, value in phase_means(trial).items() if is_learning(name))
 
 
-@metric(title="other", unit="s", direction="lower", source=MEASUREMENT, stages=("ppo",), clocked=True)
+@metric(title="other", unit="s", direction="lower", source=PHASES, stages=("ppo",), clocked=True)
 def other_seconds(trial: Trial) -> float:
     """Mean seconds per iteration that no phase accounts for; within 3 % of the iteration on a GPU."""
     means = phase_means(trial)
@@ -374,16 +402,48 @@ def final_of(trial: Trial, name: str) -> float:
     return trial.series(name)[-1]
 
 
-@metric(title="final reward", unit="reward", direction="higher", source=MEASUREMENT, stages=("ppo",))
+@metric(title="final reward", unit="reward", direction="higher", source="Part.series: reward", stages=("ppo",))
 def final_reward(trial: Trial) -> float:
     """Mean reward of the last iteration's rollouts, before the KL penalty."""
     return final_of(trial, "reward")
 
 
-@metric(title="final KL", unit="nats", direction="none", source=MEASUREMENT, stages=("ppo",))
+@metric(title="final KL", unit="nats", direction="none", source="Part.series: kl", stages=("ppo",))
 def final_kl(trial: Trial) -> float:
     """KL of policy and reference policy on the last iteration's rollouts."""
     return final_of(trial, "kl")
+
+
+def largest_of(trial: Trial, name: str) -> float:
+    """Largest value of a series of the job."""
+    return max(trial.series(name))
+
+
+@metric(title="first ratio error", unit="share", direction="lower", source="Part.series: first_ratio_error", stages=("ppo",))
+def first_ratio_error(trial: Trial) -> float:
+    """Largest |ratio - 1| of new and old probability in the first update of any iteration: 0 but for rounding, since nothing was learned
+    yet.
+    """
+    return largest_of(trial, "first_ratio_error")
+
+
+@metric(title="rollout log-prob error", unit="nats", direction="lower", source="Part.series: rollout_logprob_error", stages=("ppo",))
+def rollout_logprob_error(trial: Trial) -> float:
+    """Largest difference of a token's log-probability between the rollout engine and the learner, over all iterations."""
+    return largest_of(trial, "rollout_logprob_error")
+
+
+# -- energy ------------------------------------------------------------------------------------------------------
+
+
+@metric(title="energy", unit="J", direction="lower", source="NVML total energy counter, one reader per node", clocked=True)
+def energy_joules(trial: Trial) -> float:
+    """Energy that the devices used over the whole trial, start and evaluation included."""
+    devices = trial.record.observed.get("devices")
+    values = [device.get("energy_joules") for device in devices.values() if isinstance(device, dict)] if isinstance(devices, dict) else []
+    if not values or None in values:
+        raise NoValue("no device counts its energy")
+    return float(sum(values))
 
 
 # -- size --------------------------------------------------------------------------------------------------------

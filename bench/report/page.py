@@ -11,7 +11,7 @@ from bench.record import Record
 from bench.report.analysis import Analysis, CellResult
 from bench.report.headline import Answer, Tile, answers, sentences, tiles
 from bench.report.inventory import BadFile
-from bench.report.plots import Figure, stage_figures
+from bench.report.plots import Figure, stage_figures, style_of
 from bench.report.provenance import DataSet, Fact, data_sets, provenance_facts, run_facts, without_paths
 from bench.report.tables import Table, cell_words, stage_table
 from bench.report.text import counted, first_line, lora, shape
@@ -61,9 +61,16 @@ class Notice:
 class Grid:
     """What ran: strategies down, LoRA rank and ranks across."""
 
-    columns: tuple[str, ...]
+    columns: tuple[tuple[str, ...], ...]
+    """Each head in parts: model if there are several, LoRA rank, nodes x ranks."""
     lines: tuple[tuple[str, tuple[str, ...]], ...]
     """Strategy and the state of each column; empty where the matrix has no such cell."""
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """States that occur, for the key."""
+        there = {state for _, found in self.lines for state in found}
+        return tuple(state for state in SYMBOLS if state in there)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +79,7 @@ class StagePart:
 
     name: str
     title: str
+    strategies: tuple[str, ...]
     grid: Grid
     table: Table
     figures: tuple[Figure, ...]
@@ -102,11 +110,11 @@ class Page:
 
 def make_page(analysis: Analysis) -> Page:
     """Everything that the report says, in the order in which it says it."""
-    from bench.report.plots import style_of
-
     inventory = analysis.inventory
     skipped = [(without_paths(item.reason), cell_words(item.cell)) for item in inventory.plan.skipped] if inventory.plan else []
-    struck = [(parity.reason, cell_words(analysis.trials[file].cell)) for file, parity in analysis.parities.items() if parity.state == "struck"]
+    struck = [
+        (parity.reason, cell_words(analysis.trials[file].cell)) for file, parity in analysis.parities.items() if parity.state == "struck"
+    ]
     return Page(
         title=inventory.title,
         sentences=tuple(sentences(analysis)),
@@ -164,7 +172,10 @@ def _notices(pairs: Iterable[tuple[str, str]]) -> list[Notice]:
 def _stage(analysis: Analysis, stage: str) -> StagePart:
     results = analysis.of_stage(stage)
     table = stage_table(results, bands=bool(analysis.bands))
-    return StagePart(stage, SPECS[stage].title, _grid(analysis, stage), table, tuple(stage_figures(analysis, stage)), tuple(_notes(results)))
+    strategies = tuple(name for name in analysis.strategies if any(result.cell.strategy == name for result in results))
+    return StagePart(
+        stage, SPECS[stage].title, strategies, _grid(analysis, stage), table, tuple(stage_figures(analysis, stage)), tuple(_notes(results))
+    )  # fmt: skip
 
 
 def _notes(results: Iterable[CellResult]) -> Iterable[str]:
@@ -174,7 +185,10 @@ def _notes(results: Iterable[CellResult]) -> Iterable[str]:
         if result.clock_problem:
             found[f"Greyed times and memory are no measurements: {result.clock_problem}."] += 1
         for flag in result.flags:
-            found[f"Flagged: {without_paths(flag)}."] += 1
+            if flag != "indicative":
+                found[f"Flagged: {without_paths(flag)}."] += 1
+        for name in _never_finite(result):
+            found[f"Not finite in some steps, which ended no trial: {name}."] += 1
         if result.parity and result.parity.state == "no partner":
             found[f"Not compared: {result.parity.reason}."] += 1
         if result.indicative and result.clock_problem is None:
@@ -182,15 +196,21 @@ def _notes(results: Iterable[CellResult]) -> Iterable[str]:
     return [f"{text} ({counted(count, 'cell')})" for text, count in found.items()]
 
 
+def _never_finite(result: CellResult) -> list[str]:
+    """Series with values that were not finite (a gradient norm where 16 bits overflowed)."""
+    facts = [trial.record.lead.facts.get("non_finite") for trial in result.trials if trial.record.lead]
+    return sorted({str(name) for fact in facts if isinstance(fact, dict) for name in fact})
+
+
 def _grid(analysis: Analysis, stage: str) -> Grid:
     states: dict[tuple[str, tuple[object, ...]], list[str]] = defaultdict(list)
-    names: dict[tuple[object, ...], str] = {}
+    names: dict[tuple[object, ...], tuple[str, ...]] = {}
     skipped = [item.cell for item in analysis.inventory.plan.skipped if item.cell.stage == stage] if analysis.inventory.plan else []
     entries = [(result.cell, _state(result)) for result in analysis.of_stage(stage)] + [(cell, "skipped") for cell in skipped]
     several = len({cell.model for cell, _ in entries}) > 1
     for cell, state in entries:
         key = (cell.model, cell.lora_rank, cell.nodes, cell.processes_per_node)
-        names[key] = " · ".join([cell.model] * several + [f"LoRA {lora(cell)}" if cell.lora_rank else "full", shape(cell)])
+        names[key] = (*([cell.model] if several else []), f"LoRA {lora(cell)}" if cell.lora_rank else "full", shape(cell))
         states[(cell.strategy, key)].append(state)
     rows = sorted({cell.strategy for cell, _ in entries}, key=lambda name: (name != "naive", name))
     columns = sorted(names, key=lambda key: tuple(map(_sortable, key)))

@@ -31,7 +31,7 @@ class Parity:
     """Verdict on one trial's losses."""
 
     state: str
-    """`reference`, `agrees`, `struck`, `no partner`."""
+    """`reference` (naive itself), `agrees`, `struck`, `no partner`."""
     reason: str = ""
     first: float | None = None
     """Relative deviation of the first loss from the partner's."""
@@ -42,6 +42,8 @@ class Parity:
     partner: str | None = None
     """File of the partner's record."""
     partner_precision: str | None = None
+    single: bool = False
+    """Whether both ran in fp32, so that the tight tolerances hold."""
 
     @property
     def text(self) -> str:
@@ -52,7 +54,14 @@ class Parity:
 def comparison_key(cell: Cell, free: Sequence[str] = SAME_SPEED) -> str:
     """What a cell shares with its `naive` partner: stage, model, LoRA rank, step batch and all settings but `free`."""
     content = {key: value for key, value in cell_to_json(cell).items() if key not in (*free, "strategy", "nodes", "processes_per_node")}
+    if "prompts_per_iteration" in content:
+        content["prompts_per_iteration"] *= cell.step_batch // cell.settings.global_batch
     return canonical_json({**content, "step_batch": cell.step_batch})
+
+
+def precision_of(row: Row) -> str:
+    """The precision in force: what the ranks say, else what the cell asks for."""
+    return str(_fact(row.record, "precision") or row.cell.settings.precision)
 
 
 def _parity_key(row: Row) -> tuple[str, int, str]:
@@ -85,17 +94,19 @@ def judge(rows: Iterable[Row]) -> dict[str, Parity]:
 def _against_naive(row: Row, baselines: Sequence[Row]) -> Parity:
     if row.cell.strategy == BASELINE:
         return Parity(state="reference")
-    precision = row.cell.settings.precision
-    same = [item for item in baselines if item.cell.settings.precision == precision]
-    full = [item for item in baselines if item.cell.settings.precision == "fp32"]
+    precision = precision_of(row)
+    same = [item for item in baselines if precision_of(item) == precision]
+    full = [item for item in baselines if precision_of(item) == "fp32"]
     partners = same or full
     if not partners:
-        return Parity(state="no partner", reason=f"no ok trial of naive with this seed in {precision} or fp32")
+        return Parity(
+            state="no partner", reason=f"no ok trial of naive with this seed in {' or '.join(dict.fromkeys((precision, 'fp32')))}"
+        )
     return _compare(row, partners[0])
 
 
 def _compare(row: Row, partner: Row) -> Parity:
-    known = {"partner": partner.file, "partner_precision": partner.cell.settings.precision}
+    known = {"partner": partner.file, "partner_precision": precision_of(partner)}
     other = _other_start(row.record, partner.record)
     if other:
         chained = row.cell.settings.warm_start == "chain"
@@ -118,11 +129,11 @@ def _fact(record: Record, name: str) -> Any:
 
 def _compare_curves(row: Row, partner: Row, known: dict[str, Any]) -> Parity:
     mine, theirs = losses(row.record), losses(partner.record)
-    single = row.cell.settings.precision == partner.cell.settings.precision == "fp32"
+    single = precision_of(row) == precision_of(partner) == "fp32"
     first_allowed, curve_allowed = (FP32_FIRST, FP32_CURVE) if single else (HALF_FIRST, HALF_CURVE)
     steps = compared_steps(row.cell.stage, row.record, exact=single)
     gaps = deviations(mine[:steps], theirs[:steps], row.cell.stage)
-    result = Parity(state="agrees", first=gaps[0], curve=max(gaps), steps=len(gaps), **known)
+    result = Parity(state="agrees", first=gaps[0], curve=max(gaps), steps=len(gaps), single=single, **known)
     if len(mine) != len(theirs):
         return replace(result, state="struck", reason=f"{len(mine)} steps against naive's {len(theirs)}")
     if gaps[0] > first_allowed:
@@ -161,17 +172,19 @@ def _against_peers(members: Sequence[Row], verdicts: dict[str, Parity]) -> dict[
     """Strike what disagrees with most other strategies of the same 16-bit mode; two that disagree are both struck."""
     result = dict(verdicts)
     for row in members:
-        if row.cell.strategy == BASELINE or row.cell.settings.precision == "fp32" or verdicts[row.file].state != "agrees":
+        if row.cell.strategy == BASELINE or precision_of(row) == "fp32" or verdicts[row.file].state != "agrees":
             continue
         peers = [it for it in members if _is_peer(row, it) and verdicts[it.file].state == "agrees"]
         gaps = [deviations(losses(row.record)[:1], losses(it.record)[:1], row.cell.stage)[0] for it in peers]
         apart = [it.cell.strategy for it, gap in zip(peers, gaps, strict=True) if gap > HALF_PEERS]
         if len(apart) * 2 > len(peers):
-            reason = f"first loss is up to {max(gaps):.1e} from {', '.join(sorted(set(apart)))} in the same precision; allowed {HALF_PEERS:.0e}"
+            reason = (
+                f"first loss is up to {max(gaps):.1e} from {', '.join(sorted(set(apart)))} in the same precision; allowed {HALF_PEERS:.0e}"
+            )
             result[row.file] = replace(verdicts[row.file], state="struck", reason=reason)
     return result
 
 
 def _is_peer(row: Row, other: Row) -> bool:
     strategies = {BASELINE, row.cell.strategy}
-    return other.cell.strategy not in strategies and other.cell.settings.precision == row.cell.settings.precision
+    return other.cell.strategy not in strategies and precision_of(other) == precision_of(row)

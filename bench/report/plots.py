@@ -20,7 +20,9 @@ from bench.stages.base import SPECS
 MOST_POINTS = 160
 LEAST_DEVIATION = 1e-9
 """Where a curve of deviations that are exactly 0 is drawn."""
-STYLES = 9
+STYLES = 10
+OTHER = "other"
+"""The phase of what no phase claims."""
 HELD_OUT_SHOWN = {"sft": ("loss",), "rm": ("accuracy", "margin"), "ppo": ("reward", "kl")}
 
 
@@ -101,7 +103,9 @@ def _series_figure(analysis: Analysis, results: Sequence[CellResult], name: str,
         for result in _naive_first(members):
             series = [trial.lead.series[name] for trial in result.ok if trial.record.lead and trial.lead.series.get(name)]
             if series:
-                curves.append(_curve(_label(result, members), middle_curve(series), style_of(result.cell.strategy, analysis), result.cell.strategy))
+                curves.append(
+                    _curve(_label(result, members), middle_curve(series), style_of(result.cell.strategy, analysis), result.cell.strategy)
+                )
         if curves:
             panels.append(Panel(heading, line_chart(curves, title=f"{name}, {heading}", x_label=x_label, y_label=name)))
     return panels
@@ -130,13 +134,23 @@ def _deviation_curves(analysis: Analysis, stage: str, results: Sequence[CellResu
                 shown.append(result)
                 curves.append(_curve(_label(result, members), gaps, style_of(result.cell.strategy, analysis), result.cell.strategy))
         if curves:
-            single = all(result.cell.settings.precision == "fp32" for result in members if _gaps(analysis, result))
-            limit = (FP32_CURVE, "allowed in fp32") if single else (HALF_CURVE, "allowed in 16 bits")
-            panels.append(Panel(heading, line_chart(curves, title=f"deviation from naive, {heading}", x_label="step", y_label="deviation", log=True, limit=limit)))
+            title = f"deviation from naive, {heading}"
+            panels.append(
+                Panel(heading, line_chart(curves, title=title, x_label="step", y_label="deviation", log=True, limits=_limits(members)))
+            )
     if panels:
         rest = " PPO is judged by the first iteration's steps only: later ones learn from sampled tokens." if stage == "ppo" else ""
-        caption = f"Relative deviation of the loss from naive's, first trial, on a logarithmic axis; exact agreement is drawn at 1e-9.{rest}"
+        caption = (
+            f"Relative deviation of the loss from naive's, first trial, on a logarithmic axis; exact agreement is drawn at 1e-9.{rest}"
+        )
         yield Figure("Deviation from naive", caption, tuple(panels), _legend(analysis, shown))
+
+
+def _limits(members: Sequence[CellResult]) -> list[tuple[float, str]]:
+    """The allowed deviations of the precisions among `members`."""
+    partners = {item.single for result in members for item in result.parities if item.curve is not None}
+    known = {True: (FP32_CURVE, "allowed in fp32"), False: (HALF_CURVE, "allowed in 16 bits")}
+    return [known[single] for single in sorted(partners)]
 
 
 def _gaps(analysis: Analysis, result: CellResult) -> list[float]:
@@ -170,7 +184,9 @@ def _held_out(analysis: Analysis, stage: str, results: Sequence[CellResult]) -> 
             changes = [change for result in members if (change := _change(analysis, result, members, name))]
             if changes:
                 unit = METRICS[f"held_out_{name}_after"].unit
-                panels.append(Panel(heading, change_chart(changes, title=f"held-out {name} before and after, {heading}", unit=f"{name} ({unit})")))
+                panels.append(
+                    Panel(heading, change_chart(changes, title=f"held-out {name} before and after, {heading}", unit=f"{name} ({unit})"))
+                )
         if panels:
             better = SPECS[stage].held_out[name]
             caption = f"Held-out {name} before (ring) and after (dot) training, medians over trials; {better} is better."
@@ -196,7 +212,15 @@ def _metric_bars(analysis: Analysis, results: Sequence[CellResult], name: str) -
             summary = result.summary(name)
             if summary:
                 style = style_of(result.cell.strategy, analysis)
-                bars.append(Bar(_label(result, members), (("median", summary.middle, style),), number(summary.middle), result.cell.strategy))
+                bars.append(
+                    Bar(
+                        _label(result, members),
+                        (("median", summary.middle, style),),
+                        number(summary.middle),
+                        result.cell.strategy,
+                        summary.points,
+                    )
+                )
         if bars:
             panels.append(Panel(heading, bar_chart(bars, title=f"{METRICS[name].title}, {heading}", unit=METRICS[name].unit)))
     return panels
@@ -206,29 +230,36 @@ def _speed_bars(analysis: Analysis, stage: str, results: Sequence[CellResult]) -
     name = primary_metric(stage)
     panels = _metric_bars(analysis, results, name)
     if panels:
-        yield Figure("Throughput", f"{METRICS[name].title.capitalize()}, median over trials; the table has the spread. Measured cells only.", tuple(panels))
+        yield Figure(
+            "Throughput",
+            f"{METRICS[name].title.capitalize()}, median over trials; the table has the spread. Measured cells only.",
+            tuple(panels),
+        )
 
 
-def _memory_bars(analysis: Analysis, stage: str, results: Sequence[CellResult]) -> Iterator[Figure]:
+def _memory_bars(analysis: Analysis, _stage: str, results: Sequence[CellResult]) -> Iterator[Figure]:
     name = memory_metric(results)
     panels = _metric_bars(analysis, results, name)
     if panels:
         yield Figure("Memory", f"{METRICS[name].title.capitalize()}: {METRICS[name].explanation} Measured cells only.", tuple(panels))
 
 
-def _phase_bars(analysis: Analysis, stage: str, results: Sequence[CellResult]) -> Iterator[Figure]:
+def _phase_bars(_analysis: Analysis, stage: str, results: Sequence[CellResult]) -> Iterator[Figure]:
     means = {result: mean for result in results if stage == "ppo" and (mean := _phases(result))}
-    names = list(dict.fromkeys(name for mean in means.values() for name in mean))
+    names = dict.fromkeys(name for mean in means.values() for name in mean if name != OTHER)
+    styles = {name: 1 + index % (STYLES - 1) for index, name in enumerate(names)} | {OTHER: 0}
     panels = []
     for heading, members in _facets([result for result in results if result in means]):
-        bars = [Bar(_label(it, members), tuple((name, value, names.index(name) % STYLES) for name, value in means[it].items()), "", it.cell.strategy)
-                for it in members]  # fmt: skip
+        bars = [
+            Bar(_label(it, members), tuple((name, value, styles[name]) for name, value in means[it].items()), "", it.cell.strategy)
+            for it in members
+        ]
         panels.append(Panel(heading, bar_chart(bars, title=f"phases of an iteration, {heading}", unit="seconds per iteration")))
     if panels:
         problem = next((result.clock_problem for result in means if result.clock_problem), None)
         warning = f" Not a measurement ({problem}): it shows only which phases ran." if problem else ""
         caption = f"Mean seconds of each phase of an iteration, slowest rank of each lap, first trial.{warning}"
-        legend = tuple((name.replace("_", " "), index % STYLES, "") for index, name in enumerate(names))
+        legend = tuple((name.replace("_", " "), style, "") for name, style in styles.items())
         yield Figure("Phases of an iteration", caption, tuple(panels), legend, "box")
 
 
@@ -237,5 +268,3 @@ def _phases(result: CellResult) -> dict[str, float]:
         return phase_means(result.ok[0])
     except NoValue:
         return {}
-
-

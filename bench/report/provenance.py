@@ -13,7 +13,9 @@ from bench.report.inventory import Inventory, Row
 from bench.report.parity import ROLES
 from bench.report.text import counted, listed
 
-LEFT_OUT = re.compile(r"host|(^|\.)(started|ended|start|end|environment|env|pid|command|commands|cwd|path)(\.|_|$)", re.IGNORECASE)
+LEFT_OUT = re.compile(
+    r"host|uuid|serial|pci|(^|\.)(started|ended|start|end|environment|env|pid|command|commands|cwd|path)(\.|_|$)", re.IGNORECASE
+)
 ABSOLUTE_PATH = re.compile(r"(?<![\w.:/])/(?:[\w.@+=~-]+/)+([\w.@+=~-]*)")
 MOST_VALUES = 6
 
@@ -103,7 +105,8 @@ def data_sets(rows: Iterable[Row]) -> list[DataSet]:
             found[(item.name, item.sha256)].append(item)
     ordered = sorted(found.items(), key=lambda entry: (entry[0][0] in ROLES, entry[0]))
     return [
-        DataSet(name, "start" if name in ROLES else "data", sha256, tuple(_input_facts(items[0])), len(items)) for (name, sha256), items in ordered
+        DataSet(name, "start" if name in ROLES else "data", sha256, tuple(_input_facts(items[0])), len(items))
+        for (name, sha256), items in ordered
     ]
 
 

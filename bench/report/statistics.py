@@ -89,7 +89,7 @@ def _two_sided(values: np.ndarray) -> float:
 
 
 def _one_sided(values: np.ndarray) -> float:
-    """p of the hypothesis that the centre of `values` is at most 0."""
+    """P of the hypothesis that the centre of `values` is at most 0."""
     sums = _signs(len(values)) @ values
     return float(np.mean(sums >= sums[0] - abs(sums[0]) * 1e-12))
 

@@ -1,4 +1,4 @@
-"""Inline SVG: axes, lines, bars. Colours are CSS classes (s0 .. s8), so a page's dark mode and print style reach them.
+"""Inline SVG: axes, lines, bars. Colours are CSS classes (s0 .. s9), so a page's dark mode and print style reach them.
 
 Coordinates are in pixels of the view box. Lines differ by dash as well as by colour.
 """
@@ -13,7 +13,7 @@ from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 460, 250
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 14, 38
-DASHES = ("", "", "7 3", "2 3", "9 3 2 3", "5 2", "12 4", "3 2 1 2", "1 4")
+DASHES = ("", "", "9 6", "2 5", "11 5 2 5", "5 5", "16 5", "3 4 1 4", "1 5", "7 2")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +31,14 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """A bar of one or more segments (label, length, style); a segment of several carries its style's number, from 1."""
+    """A bar of one or more segments (label, length, style); a segment of several carries its style's number."""
 
     label: str
     segments: tuple[tuple[str, float, int], ...]
     note: str = ""
     group: str = ""
+    points: tuple[float, ...] = ()
+    """Single trials, drawn as dots where there are several."""
 
 
 def nice_ticks(low: float, high: float, about: int = 5) -> list[float]:
@@ -61,13 +63,13 @@ def log_ticks(low: float, high: float) -> list[float]:
     return [10.0**power for power in range(first, last + step, step)]
 
 
-def tick_text(value: float) -> str:
-    """A tick's label.
+def tick_text(value: float, *, log: bool = False) -> str:
+    """A tick's label; on a logarithmic axis as a power of ten below 0.01.
 
     >>> [tick_text(value) for value in (0.0, 2.5, 1500.0, 1e-06)]
     ['0', '2.5', '1.5k', '1e-6']
     """
-    if value and abs(value) < 1e-3:
+    if value and abs(value) < (5e-3 if log else 1e-3):
         return f"{value:.0e}".replace("e-0", "e-")
     if abs(value) >= 1000:
         return f"{value / 1000:g}k" if abs(value) < 1e6 else f"{value / 1e6:g}M"
@@ -92,18 +94,18 @@ class Axis:
 
 
 def line_chart(
-    curves: Sequence[Curve], *, title: str, x_label: str, y_label: str, log: bool = False, limit: tuple[float, str] | None = None
+    curves: Sequence[Curve], *, title: str, x_label: str, y_label: str, log: bool = False, limits: Sequence[tuple[float, str]] = ()
 ) -> Markup:
-    """Curves over one pair of axes; `limit` is a labelled horizontal line. Values that are not finite are left out."""
+    """Curves over one pair of axes; `limits` are labelled horizontal lines. Values that are not finite are left out."""
     xs = [x for curve in curves for x in _xs(curve)]
-    ys = [y for curve in curves for y in curve.ys if isfinite(y)] + ([limit[0]] if limit else [])
+    ys = [y for curve in curves for y in curve.ys if isfinite(y)] + [value for value, _ in limits]
     horizontal = Axis(nice_ticks(min(xs), max(xs), 6), LEFT, WIDTH - RIGHT)
     vertical = Axis(log_ticks(min(ys), max(ys)) if log else nice_ticks(min(ys), max(ys)), HEIGHT - BOTTOM, TOP, log)
     body = [_grid(horizontal, vertical, x_label, y_label)]
-    if limit:
-        y = vertical(limit[0])
+    for value, words in limits:
+        y = vertical(value)
         body.append(f'<line class="limit" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        body.append(f'<text class="limit-text" x="{WIDTH - RIGHT}" y="{y - 4:.1f}" text-anchor="end">{escape(limit[1])}</text>')
+        body.append(f'<text class="limit-text" x="{WIDTH - RIGHT}" y="{y - 4:.1f}" text-anchor="end">{escape(words)}</text>')
     body += [_line(curve, horizontal, vertical) for curve in curves]
     return _svg(body, HEIGHT, title)
 
@@ -117,7 +119,10 @@ def _line(curve: Curve, horizontal: Axis, vertical: Axis) -> str:
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
     dash = DASHES[curve.style % len(DASHES)]
     dashed = f' stroke-dasharray="{dash}"' if dash else ""
-    ends = "".join(f'<circle r="{3.4 if curve.style == 0 else 2.6}" cx="{x:.1f}" cy="{y:.1f}"/>' for x, y in (points if len(points) <= 8 else points[-1:]))
+    ends = "".join(
+        f'<circle r="{3.4 if curve.style == 0 else 2.6}" cx="{x:.1f}" cy="{y:.1f}"/>'
+        for x, y in (points if len(points) <= 8 else points[-1:])
+    )
     last = curve.ys[-1] if curve.ys else float("nan")
     name = f"<title>{escape(curve.label)}: {curve.ys[0]:.4g} to {last:.4g}</title>"
     return f'<g class="curve s{curve.style}" data-strategy="{escape(curve.group)}">{name}<polyline points="{path}"{dashed}/>{ends}</g>'
@@ -128,24 +133,29 @@ def _grid(horizontal: Axis, vertical: Axis, x_label: str, y_label: str) -> str:
     for tick in vertical.ticks:
         y = vertical(tick)
         lines.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        lines.append(f'<text x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{tick_text(tick)}</text>')
-    for tick in horizontal.ticks:
-        lines.append(f'<text x="{horizontal(tick):.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{tick_text(tick)}</text>')
+        lines.append(f'<text x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{tick_text(tick, log=vertical.log)}</text>')
+    below = f'y="{HEIGHT - BOTTOM + 15}" text-anchor="middle"'
+    lines += [f'<text x="{horizontal(tick):.1f}" {below}>{tick_text(tick)}</text>' for tick in horizontal.ticks]
     lines.append(f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2:.0f}" y="{HEIGHT - 5}" text-anchor="middle">{escape(x_label)}</text>')
     middle = (TOP + HEIGHT - BOTTOM) / 2
     lines.append(f'<text class="axis" transform="translate(11 {middle:.0f}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>')
     return f'<g class="grid">{"".join(lines)}</g>'
 
 
-def bar_chart(bars: Sequence[Bar], *, title: str, unit: str, label_width: int = 128) -> Markup:
+def bar_chart(bars: Sequence[Bar], *, title: str, unit: str) -> Markup:
     """Horizontal bars, stacked where a bar has several segments, each with its number."""
-    row, bottom = 25, 34
+    row, bottom, label_width = 25, 34, _label_width([bar.label for bar in bars])
     height = TOP + row * len(bars) + bottom
-    longest = max(sum(length for _, length, _ in bar.segments) for bar in bars)
+    longest = max(max(sum(length for _, length, _ in bar.segments), *bar.points, 0.0) for bar in bars)
     scale = Axis(nice_ticks(0, longest or 1, 5), label_width, WIDTH - 58)
     body = [_bar_grid(scale, height - bottom, unit, label_width)]
     body += [_bar(bar, scale, TOP + row * index + 4, label_width) for index, bar in enumerate(bars)]
     return _svg(body, height, title)
+
+
+def _label_width(labels: Sequence[str]) -> int:
+    """Room for the longest label at 11.5 px, within reason."""
+    return min(210, max(64, 14 + round(6.7 * max(map(len, labels)))))
 
 
 def _bar(bar: Bar, scale: Axis, y: float, label_width: int) -> str:
@@ -155,9 +165,12 @@ def _bar(bar: Bar, scale: Axis, y: float, label_width: int) -> str:
         name = f"<title>{escape(bar.label)}, {escape(label)}: {length:.4g}</title>"
         parts.append(f'<rect class="s{style}" x="{x:.1f}" y="{y:.1f}" width="{max(width, 0):.1f}" height="17" rx="1.5">{name}</rect>')
         if len(bar.segments) > 1 and width >= 14:
-            parts.append(f'<text class="segment" x="{x + width / 2:.1f}" y="{y + 12.5:.1f}" text-anchor="middle">{style + 1}</text>')
+            parts.append(f'<text class="segment" x="{x + width / 2:.1f}" y="{y + 12.5:.1f}" text-anchor="middle">{style}</text>')
         at += length
     text = f'<text class="bar-label" x="{label_width - 7}" y="{y + 12.5:.1f}" text-anchor="end">{escape(bar.label)}</text>'
+    if len(bar.points) > 1:
+        parts += [f'<circle cx="{scale(point):.1f}" cy="{y + 8.5:.1f}" r="2.3"/>' for point in bar.points]
+        at = max(at, *bar.points)
     total = f'<text class="bar-value" x="{scale(at) + 5:.1f}" y="{y + 12.5:.1f}">{escape(bar.note or f"{at:.3g}")}</text>'
     return f'<g class="bar" data-strategy="{escape(bar.group)}">{text}{"".join(parts)}{total}</g>'
 
@@ -173,9 +186,9 @@ class Change:
     group: str = ""
 
 
-def change_chart(changes: Sequence[Change], *, title: str, unit: str, label_width: int = 128) -> Markup:
+def change_chart(changes: Sequence[Change], *, title: str, unit: str) -> Markup:
     """Before (ring) and after (dot) on one line each."""
-    row, bottom = 22, 34
+    row, bottom, label_width = 22, 34, _label_width([change.label for change in changes])
     height = TOP + row * len(changes) + bottom
     values = [value for change in changes for value in (change.before, change.after)]
     scale = Axis(nice_ticks(min(values), max(values), 6), label_width + 8, WIDTH - 64)
@@ -200,7 +213,9 @@ def _bar_grid(scale: Axis, bottom: float, unit: str, label_width: int) -> str:
         x = scale(tick)
         body.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{bottom}"/>')
         body.append(f'<text x="{x:.1f}" y="{bottom + 14}" text-anchor="middle">{tick_text(tick)}</text>')
-    body.append(f'<text class="axis" x="{(label_width + WIDTH - 58) / 2:.0f}" y="{bottom + 31}" text-anchor="middle">{escape(unit)}</text></g>')
+    body.append(
+        f'<text class="axis" x="{(label_width + WIDTH - 58) / 2:.0f}" y="{bottom + 31}" text-anchor="middle">{escape(unit)}</text></g>'
+    )
     return "".join(body)
 
 

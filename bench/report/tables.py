@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 from bench.cell import Cell, cell_to_json
 from bench.report.analysis import CellResult, memory_metric
 from bench.report.metrics import METRICS, primary_metric
-from bench.report.text import DASH, first_line, lora, number, shape, spread
+from bench.report.provenance import without_paths
+from bench.report.text import DASH, lora, number, shape, spread
 
 IDENTITY = ("stage", "model", "strategy", "lora_rank", "nodes", "processes_per_node")
 HIDDEN_SETTINGS = ("tokenizer_data",)
@@ -23,7 +25,7 @@ class TableCell:
     note: str = ""
     sort: float | str = ""
     kind: str = ""
-    """`muted` (not a measurement), `good`, `bad`, `warn`, or nothing."""
+    """`muted` (not a measurement), `good`, `bad`, `warn`, `wrap` (long text), or nothing."""
     hint: str = ""
     """Longer text: a reason."""
 
@@ -65,7 +67,9 @@ def stage_table(results: Sequence[CellResult], *, bands: bool) -> Table:
     """The table of one stage's cells; `bands` adds the reference band."""
     varying, fixed = _settings(results)
     several_models = len({result.cell.model for result in results}) > 1
-    makers = [*_identity(several_models), *(_setting(name) for name in varying), *_measured(results, bands=bands)]
+    own = [_setting(name) for name in varying if name == "precision"]
+    rest = [name for name in varying if name != "precision"]
+    makers = [*_identity(several_models), *own, *_measured(results, bands=bands), *([_other_settings(rest)] if rest else [])]
     starts = [_group(result.cell) != _group(before.cell) for before, result in zip([results[-1], *results], results, strict=False)]
     lines = tuple(
         Line(tuple(make(result) for _, make in makers), result.cell.strategy, first) for result, first in zip(results, starts, strict=True)
@@ -87,18 +91,29 @@ def _settings(results: Sequence[CellResult]) -> tuple[list[str], tuple[tuple[str
 
 
 def _written(value: Any) -> str:
-    return "none" if value is None else str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+    return (
+        "none"
+        if value is None
+        else str(value).lower()
+        if isinstance(value, bool)
+        else f"{value:g}"
+        if isinstance(value, float)
+        else str(value)
+    )
 
 
 # -- columns -----------------------------------------------------------------------------------------------------
 
 
 def _identity(several_models: bool) -> list[tuple[Column, Make]]:
+    strategy = Column("strategy", help="How model and optimizer state lie over ranks.")
+    adapters = Column("LoRA", "rank", "Rank of the adapters; full trains all parameters.", numeric=True)
+    ranks = Column("nodes × ranks", "per node", "Nodes times processes per node.")
     columns: list[tuple[Column, Make]] = [
-        (Column("strategy", help="How model and optimizer state lie over ranks."), lambda it: TableCell(it.cell.strategy, sort=it.cell.strategy)),
-        (Column("LoRA", "rank", "Rank of the adapters; full trains all parameters.", numeric=True), lambda it: TableCell(lora(it.cell), sort=it.cell.lora_rank)),
-        (Column("nodes × ranks", "", "Nodes times processes per node."), lambda it: TableCell(shape(it.cell), sort=it.cell.world_size)),
-    ]  # fmt: skip
+        (strategy, lambda it: TableCell(it.cell.strategy, sort=it.cell.strategy)),
+        (adapters, lambda it: TableCell(lora(it.cell), sort=it.cell.lora_rank)),
+        (ranks, lambda it: TableCell(shape(it.cell), sort=it.cell.world_size)),
+    ]
     if several_models:
         columns.insert(1, (Column("model"), lambda it: TableCell(it.cell.model, sort=it.cell.model)))
     return columns
@@ -112,6 +127,14 @@ def _setting(name: str) -> tuple[Column, Make]:
     return Column(name.replace("_", " "), help="A setting that differs between rows; see the suite's schema."), make
 
 
+def _other_settings(names: Sequence[str]) -> tuple[Column, Make]:
+    def make(result: CellResult) -> TableCell:
+        text = ", ".join(f"{name} {_written(getattr(result.cell.settings, name))}" for name in names)
+        return TableCell(text, sort=text, kind="wrap")
+
+    return Column("settings", help="Other settings that differ between rows."), make
+
+
 def _measured(results: Sequence[CellResult], *, bands: bool) -> list[tuple[Column, Make]]:
     stage = results[0].cell.stage
     primary, memory = primary_metric(stage), memory_metric(results)
@@ -123,22 +146,31 @@ def _measured(results: Sequence[CellResult], *, bands: bool) -> list[tuple[Colum
         (Column("outcome", help="How the trials ended. Failures are results; their reasons stand below."), outcome_cell),
         (Column("losses", help="Parity with naive: whether the strategy computes the same. Struck rows are never ranked."), parity_cell),
         _metric_column(primary),
-        *(comparison if any(result.clock_problem is None for result in results) else []),
+        *(comparison if any(result.ok and result.clock_problem is None for result in results) else []),
         _metric_column("step_seconds", "iteration" if stage == "ppo" else "step"),
         _metric_column(memory),
-        *(_metric_column(name) for name in _quality(stage)),
+        *_quality_columns(stage),
     ]
     if bands:
         columns.append((Column("reference band", help="Whether a stored record of this cell on this device is repeated."), band_cell))
     return columns
 
 
-def _quality(stage: str) -> tuple[str, ...]:
-    return {
-        "sft": ("final_loss", "held_out_loss_before", "held_out_loss_after"),
-        "rm": ("final_loss", "held_out_accuracy_before", "held_out_accuracy_after", "held_out_margin_after", "held_out_loss_after"),
-        "ppo": ("final_reward", "held_out_reward_before", "held_out_reward_after", "held_out_kl_after"),
-    }[stage]
+def _quality_columns(stage: str) -> list[tuple[Column, Make]]:
+    last = "final_reward" if stage == "ppo" else "final_loss"
+    names = {"sft": ("loss",), "rm": ("accuracy", "margin", "loss"), "ppo": ("reward", "kl")}[stage]
+    return [_metric_column(last), *(_held_out_column(name) for name in names)]
+
+
+def _held_out_column(name: str) -> tuple[Column, Make]:
+    before, after = f"held_out_{name}_before", f"held_out_{name}_after"
+    words = f"Held-out {name} before and after training, on rows that are never trained on; {METRICS[after].direction} is better."
+
+    def make(result: CellResult) -> TableCell:
+        first, last = result.summary(before), metric_cell(result, after)
+        return dataclasses.replace(last, text=f"{number(first.middle)} → {last.text}") if first else last
+
+    return Column(f"held-out {name}", f"{METRICS[after].unit}, before → after", words, numeric=True), make
 
 
 def _metric_column(name: str, title: str | None = None) -> tuple[Column, Make]:
@@ -160,12 +192,23 @@ def metric_cell(result: CellResult, name: str) -> TableCell:
 def outcome_cell(result: CellResult) -> TableCell:
     """`ok`, or how many trials ended how."""
     outcomes = result.outcomes
-    notes = [flag for flag, shown in (("indicative", _is_indicative(result)), ("not steady", result.unsteady and not result.clock_problem)) if shown]
+    notes = [
+        flag
+        for flag, shown in (("indicative", _is_indicative(result)), ("not steady", result.unsteady and not result.clock_problem))
+        if shown
+    ]
     if set(outcomes) == {"ok"}:
-        return TableCell("ok" if outcomes["ok"] == 1 else f"ok × {outcomes['ok']}", ", ".join(notes), "ok", "good", result.indicative or "" if notes else "")
+        return TableCell(
+            "ok" if outcomes["ok"] == 1 else f"ok × {outcomes['ok']}",
+            ", ".join(notes),
+            "ok",
+            "good",
+            result.indicative or "" if notes else "",
+        )
     text = ", ".join(f"{name} × {count}" if count > 1 else name for name, count in sorted(outcomes.items()))
     reason = next((trial.record.reason for trial in result.trials if trial.record.reason), "") or ""
-    return TableCell(text, first_line(reason)[:80], text, "warn" if result.ok else "bad", reason)
+    kind = "warn" if result.ok or set(outcomes) == {"missing"} else "bad"
+    return TableCell(text, ", ".join(notes), text, kind, without_paths(reason))
 
 
 def _is_indicative(result: CellResult) -> bool:

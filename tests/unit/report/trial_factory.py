@@ -16,8 +16,8 @@ from bench.report.inventory import Row
 from bench.suite import Limits
 
 GIB = 2**30
-PHASES = {"rollout": 0.42, "reward": 0.05, "reference": 0.05, "policy_log_prob": 0.05, "value": 0.04, "advantage": 0.01,
-          "policy_learn": 0.22, "critic_learn": 0.12, "sync": 0.02}  # fmt: skip
+PHASES = {"rollout_prefill": 0.04, "rollout_decode": 0.38, "reward": 0.05, "reference": 0.05, "policy_logprob": 0.05, "value": 0.04,
+          "advantage": 0.01, "policy_learn": 0.22, "critic_learn": 0.12}  # fmt: skip
 SPEED = {"naive": 1.0, "ddp": 0.97, "zero1": 0.9, "zero2": 0.86, "zero2_cpu": 0.12, "gemini": 0.55, "gemini_cpu": 0.3, "hybrid": 0.93}
 
 
@@ -54,11 +54,16 @@ def make_laps(cell: Cell, rank: int, seconds: float) -> list[Lap]:
         share = seconds * steps * (1.6 if first == 0 else 1.0) * (1 + 0.01 * rank)
         if cell.stage == "ppo":
             rollouts = settings.prompts_per_iteration // ranks * steps
-            counts = {"sequences": rollouts, "prompt_tokens": rollouts * settings.prompt_length,
-                      "response_tokens": rollouts * settings.response_length, "learned_tokens": rollouts * settings.response_length}  # fmt: skip
+            given, written = rollouts * settings.prompt_length, rollouts * settings.response_length
+            counts = {"sequences": rollouts, "prompt_tokens": given, "response_tokens": written, "learned_tokens": written}
         else:
             rows = cell.step_batch // ranks * steps
-            counts = {"sequences": rows * (2 if cell.stage == "rm" else 1), "loss_tokens": rows * 60, "tokens": rows * 90, "padded_tokens": rows * 120}
+            counts = {
+                "sequences": rows * (2 if cell.stage == "rm" else 1),
+                "loss_tokens": rows * 60,
+                "tokens": rows * 90,
+                "padded_tokens": rows * 120,
+            }
         phases = {name: part * share for name, part in PHASES.items()} if cell.stage == "ppo" else {}
         if phases:
             phases["other"] = share - sum(phases.values())
@@ -85,7 +90,8 @@ def make_series(cell: Cell, trial: int, noise: float) -> dict[str, list[float]]:
     if cell.stage == "ppo":
         total = cell.settings.iterations
         series |= {"value_loss": [0.5 / (i + 1) for i in range(len(loss))], "reward": [-0.12 + 0.07 * i for i in range(total)],
-                   "kl": [0.004 * i for i in range(total)], "entropy": [8.0 - 0.1 * i for i in range(total)]}  # fmt: skip
+                   "kl": [0.004 * i for i in range(total)], "entropy": [8.0 - 0.1 * i for i in range(total)],
+                   "first_ratio_error": [1e-7] * total, "rollout_logprob_error": [2e-7] * total}  # fmt: skip
     return series
 
 
@@ -113,6 +119,23 @@ def make_part(cell: Cell, rank: int, trial: int, *, seconds: float, noise: float
     )  # fmt: skip
 
 
+def provenance(cell: Cell) -> dict[str, Any]:
+    return {
+        "versions": {"python": "3.11.2", "torch": "2.13.0", "colossalai": "0.5.0", "transformers": "4.51.3", "triton": None},
+        "source": {
+            "commit": "0123abcd" * 5,
+            "dirty_diff_sha256": None,
+            "package_sha256": sha("package"),
+            "locks": {"cpu.lock": sha("lock")},
+        },
+        "machines": [{"hostname": f"node{node}", "cpu": "a CPU", "cores": 2, "memory_bytes": 24 * GIB} for node in range(cell.nodes)],
+        "command": ["/opt/venv/bin/coati-bench", "trial", f"/home/somebody/results/cells/{cell.cell_id}.json"],
+        "environment": {"OMP_NUM_THREADS": "1"},
+        "started": "2026-11-24T04:00:00.000Z",
+        "ended": "2026-11-24T04:00:12.500Z",
+    }
+
+
 def make_record(
     cell: Cell, trial: int = 0, *, seconds: float | None = None, noise: float = 2e-7, outcome: str = "ok", reason: str | None = None,
     launcher: str | None = None, emulated: bool | None = None, ranks: range | None = None, **changes: Any
@@ -120,7 +143,9 @@ def make_record(
     if seconds is None:
         seconds = 0.1 / SPEED.get(cell.strategy, 1.0)
     data = {cell.settings.data: sha(cell.settings.data)}
-    starts = {"tokenizer": sha("tokenizer")} | {role: sha(role) for role in {"rm": ["policy"], "ppo": ["policy", "reward"]}.get(cell.stage, [])}
+    starts = {"tokenizer": sha("tokenizer")} | {
+        role: sha(role) for role in {"rm": ["policy"], "ppo": ["policy", "reward"]}.get(cell.stage, [])
+    }
     facts = {"rows": 512, "bytes": 70_112, "licence": "Apache-2.0 (generated)", "source": "generated", "revision": "1"}
     parts = [
         make_part(cell, rank, trial, seconds=seconds, noise=noise, outcome=outcome, reason=reason)
@@ -135,11 +160,7 @@ def make_record(
         parts=parts,
         observed={"seconds": 12.5, "host_peak_bytes": int(1.5 * GIB)}
         | ({"device_memory_peak_bytes": {"GPU-0": int(6.5 * GIB)}} if cell.settings.device == "cuda" else {}),
-        provenance={
-            "versions": {"python": "3.11.2", "torch": "2.13.0", "colossalai": "0.5.0", "transformers": "4.51.3"}, "commit": "0123abcd" * 5,
-            "dirty": False, "lock_sha256": sha("lock"), "command": ["coati-bench", "trial", cell.cell_id],
-            "machines": [{"cpu": "a CPU", "cores": 2, "memory_bytes": 24 * GIB}], "started": "2026-11-24T04:00:00Z", "ended": "2026-11-24T04:00:12Z",
-        },
+        provenance=provenance(cell),
     )  # fmt: skip
     return dataclasses.replace(record, **changes)
 
@@ -189,7 +210,7 @@ def failures() -> list[Record]:
         "busy": "no idle device within 600 s",
         "cancelled": "interrupted (SIGINT)",
         "invalid": "evidence refuted: gradients are not sharded (8.0 MiB, expected 4.0 MiB)",
-        "error": "rank 1 exited with 1 in load\nTraceback (most recent call last):\n  File \"train.py\", line 3, in build\nKeyError: 'lm_head.weight'",
+        "error": "rank 1 exited with 1 in load\nTraceback:\n  File \"/opt/app/train.py\", line 3, in build\nKeyError: 'lm_head.weight'",
     }
     cells = {outcome: make_cell("sft", "hybrid", lora_rank=2 + i, device="cuda", model="bloom-560m") for i, outcome in enumerate(reasons)}
     return [make_record(cells[outcome], outcome=outcome, reason=reason, ranks=range(1)) for outcome, reason in reasons.items()]

@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from bench.record import Input
+from bench.report.inventory import Row
+from bench.report.parity import Parity, comparison_key, judge
+from tests.unit.report.trial_factory import make_cell, make_record, make_row, sha
+
+
+def with_losses(row: Row, losses: list[float], **facts: Any) -> Row:
+    part = row.record.parts[0]
+    part = dataclasses.replace(part, series={**part.series, "loss": losses}, facts={**part.facts, **facts})
+    return Row(dataclasses.replace(row.record, parts=[part, *row.record.parts[1:]]), row.cell, row.file)
+
+
+def pair(mine: list[float], naive: list[float], precision: str = "fp32", naive_precision: str | None = None, stage: str = "sft") -> Parity:
+    """The verdict on zero2 with these losses against naive with those."""
+    baseline = with_losses(make_row(make_cell(stage, precision=naive_precision or precision)), naive)
+    row = with_losses(make_row(make_cell(stage, "zero2", precision=precision)), mine)
+    return judge([baseline, row])[row.file]
+
+
+FLAT = [2.0] * 30
+
+
+def test_equal_losses_agree() -> None:
+    verdict = pair(FLAT, FLAT)
+    assert (verdict.state, verdict.first, verdict.curve, verdict.steps) == ("agrees", 0.0, 0.0, 30)
+
+
+def test_fp32_first_loss_may_deviate_by_1e_5() -> None:
+    assert pair([2.0 * (1 + 0.9e-5), *FLAT[1:]], FLAT).state == "agrees"
+    verdict = pair([2.0 * (1 + 1.2e-5), *FLAT[1:]], FLAT)
+    assert verdict.state == "struck"
+    assert verdict.reason == "first loss deviates by 1.2e-05; allowed 1e-05"
+
+
+def test_fp32_curve_may_deviate_by_1e_4() -> None:
+    assert pair([*FLAT[:20], 2.0 * (1 + 0.9e-4), *FLAT[21:]], FLAT).state == "agrees"
+    verdict = pair([*FLAT[:20], 2.0 * (1 + 1.3e-4), *FLAT[21:]], FLAT)
+    assert verdict.reason == "curve deviates by 1.3e-04 at step 20; allowed 1e-04"
+
+
+def test_16_bits_compare_a_short_curve_in_a_wider_band() -> None:
+    apart = [2.0 * 1.015, *[2.0] * 9, *[4.0] * 20]
+    verdict = pair(apart, FLAT, "bf16-master")
+    assert (verdict.state, verdict.steps) == ("agrees", 10)
+    assert pair([2.0 * 1.03, *FLAT[1:]], FLAT, "bf16-master").state == "struck"
+    assert pair([2.0, 2.0 * 1.06, *FLAT[2:]], FLAT, "bf16-master").state == "struck"
+
+
+def test_16_bits_fall_back_on_naive_in_fp32_and_say_so() -> None:
+    verdict = pair([2.02, *FLAT[1:]], FLAT, "bf16-master", "fp32")
+    assert (verdict.state, verdict.partner_precision) == ("agrees", "fp32")
+
+
+def test_naive_in_the_same_precision_is_preferred() -> None:
+    rows = [with_losses(make_row(make_cell("sft", precision=precision)), FLAT) for precision in ("fp32", "bf16-master")]
+    mine = with_losses(make_row(make_cell("sft", "zero2", precision="bf16-master")), FLAT)
+    assert judge([*rows, mine])[mine.file].partner_precision == "bf16-master"
+
+
+def test_fp32_is_never_compared_with_16_bits() -> None:
+    verdict = pair(FLAT, FLAT, "fp32", "bf16-master")
+    assert verdict == Parity(state="no partner", reason="no ok trial of naive with this seed in fp32")
+
+
+def test_the_precision_in_force_counts() -> None:
+    baseline = with_losses(make_row(make_cell("sft")), FLAT)
+    forced = with_losses(make_row(make_cell("sft", "gemini")), [2.01, *FLAT[1:]], precision="bf16-pure")
+    assert judge([baseline, forced])[forced.file].state == "agrees"
+
+
+def test_a_shorter_curve_is_struck() -> None:
+    assert pair(FLAT[:29], FLAT).reason == "29 steps against naive's 30"
+
+
+def test_other_initial_weights_are_struck() -> None:
+    baseline = with_losses(make_row(make_cell("sft")), FLAT)
+    row = with_losses(make_row(make_cell("sft", "ddp")), FLAT, initial_weights_sha256=sha("others"))
+    assert judge([baseline, row])[row.file].reason == "initial weights differ from naive's (sha256)"
+
+
+def test_another_warm_start_is_no_partner() -> None:
+    baseline, row = make_row(make_cell("rm", warm_start="chain")), make_row(make_cell("rm", "ddp", warm_start="chain"))
+    others = [dataclasses.replace(item, sha256=sha("own")) if item.name == "policy" else item for item in row.record.inputs]
+    row = Row(dataclasses.replace(row.record, inputs=others), row.cell, row.file)
+    verdict = judge([baseline, row])[row.file]
+    assert (verdict.state, verdict.reason) == ("no partner", "other policy than naive's: a chain continues each cell's own weights")
+
+
+def test_other_data_is_no_partner() -> None:
+    baseline, row = make_row(make_cell("sft")), make_row(make_cell("sft", "ddp"))
+    others = [Input(name="synthetic-instruct", path="", sha256=sha("other")), *row.record.inputs[1:]]
+    row = Row(dataclasses.replace(row.record, inputs=others), row.cell, row.file)
+    assert judge([baseline, row])[row.file].state == "no partner"
+
+
+def test_trials_pair_by_seed() -> None:
+    rows = [make_row(make_cell("sft"), 0), make_row(make_cell("sft", "ddp"), 1)]
+    assert judge(rows)[rows[1].file].state == "no partner"
+
+
+def test_trials_that_are_not_ok_are_not_judged() -> None:
+    failed = make_row(make_cell("sft", "ddp"), outcome="diverged", reason="nan")
+    assert judge([make_row(make_cell("sft")), failed]).keys() == {f"{make_cell('sft').cell_id}/0.json"}
+
+
+def test_naive_at_one_rank_is_the_partner_at_many_ranks() -> None:
+    rows = [make_row(make_cell("sft")), make_row(make_cell("sft", "ddp", nodes=2))]
+    assert judge(rows)[rows[1].file].state == "agrees"
+
+
+def test_weak_scaling_pairs_with_naive_of_as_large_a_step() -> None:
+    large = make_cell("sft", "ddp", nodes=2, scaling="weak")
+    assert comparison_key(large) == comparison_key(make_cell("sft", global_batch=16))
+    assert comparison_key(large) != comparison_key(make_cell("sft"))
+    ppo = make_cell("ppo", "ddp", nodes=2, scaling="weak")
+    assert comparison_key(ppo) == comparison_key(make_cell("ppo", global_batch=16, prompts_per_iteration=64))
+
+
+@pytest.mark.parametrize("setting", [{"launcher": "fork"}, {"micro_batch": 4}, {"activation_checkpointing": True}])
+def test_settings_that_leave_the_loss_alone_may_differ(setting: dict[str, Any]) -> None:
+    rows = [make_row(make_cell("sft")), make_row(make_cell("sft", "ddp", **setting))]
+    assert judge(rows)[rows[1].file].state == "agrees"
+
+
+@pytest.mark.parametrize("setting", [{"learning_rate": 1e-4}, {"lora_rank": 2}, {"clip_norm": None}, {"model": "bloom-560m"}])
+def test_settings_that_change_the_loss_may_not(setting: dict[str, Any]) -> None:
+    rows = [make_row(make_cell("sft")), make_row(make_cell("sft", "ddp", **setting))]
+    assert judge(rows)[rows[1].file].state == "no partner"
+
+
+def test_ppo_is_judged_by_its_first_iteration_and_on_the_scale_of_advantages() -> None:
+    """8 losses, 4 iterations: 2 steps count; a deviation near 0 is no large one."""
+    naive = [1e-8, 0.01, *[0.5] * 6]
+    assert pair([9e-6, 0.01, *[0.9] * 6], naive, stage="ppo").state == "agrees"
+    assert pair([1e-8, 0.011, *[0.5] * 6], naive, stage="ppo").state == "struck"
+
+
+def halves(**first: float) -> dict[str, str]:
+    """Verdicts of strategies in bf16 with these first losses; naive has 2.0."""
+    rows = {
+        name: with_losses(make_row(make_cell("sft", name, precision="bf16-master")), [value, *FLAT[1:]])
+        for name, value in {"naive": 2.0, **first}.items()
+    }
+    found = judge(rows.values())
+    return {name: found[row.file].state for name, row in rows.items() if name != "naive"}
+
+
+def test_strategies_in_one_16_bit_mode_agree_with_each_other_to_1e_3() -> None:
+    assert halves(ddp=2.01, zero2=2.011) == {"ddp": "agrees", "zero2": "agrees"}
+
+
+def test_the_odd_one_out_is_struck() -> None:
+    assert halves(ddp=2.01, zero2=2.011, gemini=2.03) == {"ddp": "agrees", "zero2": "agrees", "gemini": "struck"}
+
+
+def test_two_that_disagree_are_both_struck() -> None:
+    assert halves(ddp=2.0, zero2=2.03) == {"ddp": "struck", "zero2": "struck"}
+
+
+def test_one_strategy_alone_has_no_peers_to_disagree_with() -> None:
+    assert halves(ddp=2.03) == {"ddp": "agrees"}
+
+
+def test_a_chart_can_find_the_partner() -> None:
+    rows = [make_row(make_cell("sft")), make_row(make_cell("sft", "ddp"))]
+    assert judge(rows)[rows[1].file].partner == rows[0].file
+    assert judge(rows)[rows[0].file] == Parity(state="reference")
+
+
+def test_a_record_without_parts_is_not_judged() -> None:
+    empty = make_record(make_cell("sft", "ddp"), ranks=range(0))
+    assert judge([Row(empty, empty.parsed_cell, "x.json")]) == {}

@@ -1,0 +1,297 @@
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from bench.errors import UserError
+from bench.matrix import save_plan
+from bench.record import OUTCOMES, save_record
+from bench.report.commands import report
+from bench.report.documentation import metrics_page
+from bench.report.make import ReportPaths, make_report
+from bench.report.provenance import without_paths
+from tests.unit.report.trial_factory import (
+    content_of,
+    failures,
+    make_cell,
+    make_plan,
+    make_record,
+    measured_suite,
+    quick_suite,
+    write,
+)  # fmt: skip
+
+ROOT = Path(__file__).parents[3]
+
+
+def text_of(paths: ReportPaths) -> str:
+    """What a reader sees of report.html, tags and attributes left out."""
+    text = re.sub(r"<(style|script)>.*?</\1>", " ", paths.html.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return " ".join(re.sub(r"<[^>]*>", " ", text).split())
+
+
+def suite_folder(root: Path, records: list[Any], **plan: Any) -> Path:
+    """results/<suite> with records and, if anything is said of one, a plan."""
+    write(root / "records", *records)
+    if plan:
+        save_plan(make_plan(records, **plan), root / "plan.json")
+    return root
+
+
+def test_the_same_records_give_the_same_bytes_anywhere(tmp_path: Path) -> None:
+    records = [*quick_suite(), *failures()]
+    first = suite_folder(tmp_path / "here", records, trials=1)
+    second = suite_folder(tmp_path / "somewhere" / "else", list(reversed(records)), trials=1)
+    report(first, tmp_path / "out1")
+    report(second, tmp_path / "out2")
+    report(first / "records", tmp_path / "out3")
+    assert content_of(tmp_path / "out1").keys() == {"report.html", "report.md", "results.csv", "results.parquet"}
+    assert content_of(tmp_path / "out1") == content_of(tmp_path / "out2") == content_of(tmp_path / "out3")
+
+
+def test_a_report_again_over_an_old_one_is_the_same(tmp_path: Path) -> None:
+    root = suite_folder(tmp_path, quick_suite())
+    report(root, tmp_path / "out")
+    before = content_of(tmp_path / "out")
+    report(root, tmp_path / "out")
+    assert content_of(tmp_path / "out") == before
+
+
+def test_no_folder_of_the_machine_enters_the_report(tmp_path: Path) -> None:
+    root = suite_folder(tmp_path, [*quick_suite(), *failures()], trials=1)
+    paths = report(root, tmp_path / "out")
+    for path in (paths.html, paths.markdown, paths.csv):
+        text = path.read_text(encoding="utf-8")
+        for secret in (str(tmp_path), "/home/somebody", "/opt/venv", "/opt/app", "node0", "/data/"):
+            assert secret not in text, (path.name, secret)
+
+
+def test_no_records_are_the_users_mistake(tmp_path: Path) -> None:
+    (tmp_path / "records").mkdir()
+    with pytest.raises(UserError, match=r"no records; seen: no \*.json file below it; run a suite first"):
+        make_report(tmp_path / "records", tmp_path / "out")
+    with pytest.raises(UserError, match=r"there is no such folder"):
+        make_report(tmp_path / "nothing", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_without_any_record_is_the_users_mistake(tmp_path: Path) -> None:
+    save_plan(make_plan(quick_suite()), tmp_path / "plan.json")
+    (tmp_path / "records").mkdir()
+    with pytest.raises(UserError, match="seen: 0 of the planned trials"):
+        report(tmp_path, tmp_path / "out")
+
+
+def test_records_without_a_plan_are_reported(tmp_path: Path) -> None:
+    text = text_of(report(suite_folder(tmp_path, quick_suite()), tmp_path / "out"))
+    assert "All 42 trials ended ok." in text
+    assert "skipped" not in text.split("How to read this")[0]
+
+
+def test_the_headline_of_an_emulated_run_is_that_losses_agree(tmp_path: Path) -> None:
+    text = text_of(report(suite_folder(tmp_path, quick_suite()), tmp_path / "out"))
+    assert "Losses agree: all 36 comparable trials agree with naive within tolerance (largest deviation" in text
+    assert "No time or memory is claimed: ColossalAI was emulated on a CPU, ranks were started by fork" in text
+    assert "Random weights: no quality claim." in text
+    assert "highest throughput" not in text
+    assert "vs naive" not in text
+
+
+def test_a_measured_run_says_what_is_fastest_and_that_one_trial_claims_nothing(tmp_path: Path) -> None:
+    text = text_of(report(suite_folder(tmp_path, measured_suite()), tmp_path / "out"))
+    assert "Supervised fine-tuning: highest throughput naive" in text
+    assert "(observed; too few trials for a claim)" in text
+    assert "no claim (n=1)" in text
+    assert "0.550" in text  # gemini's ratio
+
+
+def test_enough_trials_make_a_claim(tmp_path: Path) -> None:
+    text = text_of(report(suite_folder(tmp_path, measured_suite(trials=8)), tmp_path / "out"))
+    assert " slower " in text
+    assert "too few trials" not in text
+
+
+def test_emulated_times_are_greyed_and_have_no_ratio(tmp_path: Path) -> None:
+    cells = [make_cell("sft", name, device="cuda", steps=50) for name in ("naive", "zero2")]
+    records = [make_record(cells[0]), make_record(cells[1], emulated=True)]
+    paths = report(suite_folder(tmp_path, records), tmp_path / "out")
+    row = next(line for line in paths.markdown.read_text().splitlines() if line.startswith("| zero2 | full | 1 × 1 | ok"))
+    assert "| no claim (not measured) |" in row
+    assert re.search(r"\| \([\d,.]+\) \| – \|", row)
+
+
+def test_a_struck_row_is_shown_with_its_reason_and_never_ranked(tmp_path: Path) -> None:
+    cells = [make_cell("sft", name, device="cuda", steps=50) for name in ("naive", "ddp", "zero2")]
+    records = [make_record(cells[0]), make_record(cells[1]), make_record(cells[2], seconds=0.001, noise=0.5)]
+    paths = report(suite_folder(tmp_path, records), tmp_path / "out")
+    text = text_of(paths)
+    assert "Losses do not all agree: 1 of 2 comparable trials (zero2) is struck and not ranked." in text
+    assert "highest throughput naive (ddp within 3 %)" not in text  # ddp is 3.1 % behind
+    assert "highest throughput naive" in text
+    assert "first loss deviates by" in text
+
+
+def test_every_outcome_is_listed_with_its_reason_and_last_log_lines(tmp_path: Path) -> None:
+    paths = report(suite_folder(tmp_path, [*quick_suite(), *failures()]), tmp_path / "out")
+    section = text_of(paths).split("Every trial that did not end ok.")[1].split("Provenance")[0]
+    for outcome in set(OUTCOMES) - {"ok"}:
+        assert f" {outcome} " in section
+    assert "CUDA out of memory; requested 2147483648 bytes" in section
+    assert "KeyError: &#39;lm_head.weight&#39;" in section
+    assert "KeyError: 'lm" in paths.markdown.read_text()
+
+
+def test_skipped_and_missing_cells_are_listed_with_reasons(tmp_path: Path) -> None:
+    records = quick_suite()
+    impossible = (make_cell("sft", "hybrid", lora_rank=2), "hybrid does not offer LoRA with tensor parallelism")
+    root = suite_folder(tmp_path, records, extra=(make_cell("sft", "zero1"),), skipped=(impossible,))
+    text = text_of(report(root, tmp_path / "out"))
+    assert "All 42 trials ended ok, 1 cell was skipped as impossible and 1 planned trial has no record." in text
+    assert "hybrid does not offer LoRA with tensor parallelism" in text
+    assert "sft · bloom-tiny · zero1 · full · 1 × 1 · trial 0" in text
+
+
+def test_invalid_files_are_named_and_not_dropped(tmp_path: Path) -> None:
+    root = suite_folder(tmp_path, quick_suite())
+    good = next((root / "records").rglob("*.json"))
+    (root / "records" / "broken.json").write_text('{"schema": "coati-bench/rec')
+    content = json.loads(good.read_text())
+    (root / "records" / "old.json").write_text(json.dumps({**content, "schema": "coati-bench/record/0"}))
+    (root / "records" / "stage.json").write_text(json.dumps({**content, "cell": {**content["cell"], "stage": "dpo"}}))
+    (root / "records" / "setting.json").write_text(json.dumps({**content, "cell": {**content["cell"], "micro_batch": 0}}))
+    shutil.copy(good, root / "records" / "zz_copy.json")
+    text = text_of(report(root, tmp_path / "out"))
+    section = text.split("Files that are no records")[-1]
+    for words in ("broken.json", "old.json", "unknown stage: &#39;dpo&#39;", "setting.json", "zz_copy.json repeats trial 0"):
+        assert words in section
+    assert "All 42 trials ended ok." in text
+
+
+def test_hostile_text_is_escaped(tmp_path: Path) -> None:
+    attack = '<script>alert(1)</script><img src=x onerror=alert(2)> "quoted" | `tick` ```\n```\n</pre><b>bold</b>'
+    cell = make_cell("sft", "ddp", model='org/"><svg onload=alert(3)>')
+    records = [make_record(make_cell("sft")), make_record(cell, outcome="error", reason=attack, flags=[attack])]
+    root = suite_folder(tmp_path, records, skipped=((cell, attack),))
+    paths = report(root, tmp_path / "out")
+    page = paths.html.read_text(encoding="utf-8")
+    assert page.count("<script") == 1
+    for tag in ("<img", "<b>bold", "<svg onload", "</pre><b>"):
+        assert tag not in page
+    markdown = paths.markdown.read_text(encoding="utf-8")
+    outside = re.sub(r"(`{3,})text\n.*?\n\1\n", "", markdown, flags=re.DOTALL)
+    assert not re.search(r"(?<!\\)<(script|img|b|svg)", outside)
+    lines = [line for line in outside.splitlines() if line.startswith("| ddp")]
+    assert lines
+    heads = {
+        line.count(" | ") for line in outside.splitlines() if line.startswith(("| strategy | LoRA", "| strategy | model", "| ddp | org"))
+    }
+    assert len(heads) == 1
+
+
+def test_the_page_needs_no_network_and_stays_small(tmp_path: Path) -> None:
+    paths = report(suite_folder(tmp_path, [*quick_suite(), *measured_suite(3), *failures()]), tmp_path / "out")
+    page = paths.html.read_text(encoding="utf-8")
+    assert not re.search(r"""\b(src|href)="(?!#|data:,)|\b(src|href)=[^"]""", page)
+    assert "url(" not in page
+    assert "@import" not in page
+    assert paths.html.stat().st_size < 1_500_000
+
+
+def test_a_thousand_records_take_seconds(tmp_path: Path) -> None:
+    cells = [make_cell("sft", name, lora_rank=rank, steps=50) for name in ("naive", "ddp", "zero2", "gemini") for rank in range(0, 50, 5)]
+    folder = tmp_path / "records"
+    for cell in cells:
+        for trial in range(25):
+            save_record(make_record(cell, trial), folder / cell.cell_id / f"{trial}.json")
+    start = time.perf_counter()
+    paths = make_report(folder, tmp_path / "out")
+    assert time.perf_counter() - start < 20
+    assert paths.html.stat().st_size < 3_000_000
+    assert pq.read_table(paths.parquet).num_rows == 1000
+
+
+def test_parquet_and_csv_hold_every_record_and_the_same_numbers(tmp_path: Path) -> None:
+    paths = report(suite_folder(tmp_path, [*quick_suite(), *failures()]), tmp_path / "out")
+    table = pq.read_table(paths.parquet).to_pylist()
+    rows = list(csv.DictReader(io.StringIO(paths.csv.read_text(encoding="utf-8"))))
+    assert len(table) == len(rows) == 49
+    for mine, other in zip(rows, table, strict=True):
+        assert mine["cell_id"] == other["cell_id"]
+        assert (float(mine["final_loss"]) if mine["final_loss"] else None) == other["final_loss"]
+    ppo = [row for row in table if row["stage"] == "ppo"]
+    assert {row["final_loss"] for row in ppo} == {None}
+    assert all(row["not_measured"] for row in table if row["strategy"] == "zero2")
+
+
+def test_columns_are_only_ever_added(tmp_path: Path) -> None:
+    """A column that somebody reads may not vanish; a new one is added to the golden list."""
+    paths = report(suite_folder(tmp_path, quick_suite()), tmp_path / "out")
+    known = (ROOT / "tests" / "golden" / "report_columns.txt").read_text(encoding="utf-8").split()
+    assert known == sorted(pq.read_table(paths.parquet).column_names)
+
+
+def test_column_types_do_not_depend_on_the_data(tmp_path: Path) -> None:
+    few = pq.read_table(report(suite_folder(tmp_path / "a", failures()[:1]), tmp_path / "out1").parquet)
+    many = pq.read_table(report(suite_folder(tmp_path / "b", measured_suite()), tmp_path / "out2").parquet)
+    for name in ("final_loss", "loss_tokens_per_second", "parity_first_deviation", "held_out_reward_after"):
+        assert few.schema.field(name).type == many.schema.field(name).type
+
+
+def test_a_reference_band_is_judged_where_there_is_one(tmp_path: Path) -> None:
+    records = measured_suite()
+    root = suite_folder(tmp_path / "results" / "reference", records)
+    write(tmp_path / "results" / "references" / "h100" / "reference" / "records", *records[:3])
+    text = text_of(report(root, tmp_path / "out"))
+    assert "Against stored records of this device: 3 inside the reference band." in text
+    assert "no reference" in text
+
+
+def test_a_record_of_a_failed_warm_start_is_reported(tmp_path: Path) -> None:
+    failed = make_record(make_cell("rm"), outcome="error", reason="warm start sft-naive failed: out of memory", ranks=range(0))
+    text = text_of(report(suite_folder(tmp_path, [failed]), tmp_path / "out"))
+    assert "0 of 1 trial ended ok and 1 did not (1 error)." in text
+    assert "No trial could be compared with naive" in text
+    assert "warm start sft-naive failed: out of memory" in text
+
+
+def test_trials_that_partly_failed_show_both(tmp_path: Path) -> None:
+    cell = make_cell("sft", "ddp")
+    records = [make_record(make_cell("sft"), k) for k in range(3)]
+    records += [make_record(cell, 0), make_record(cell, 1, outcome="oom", reason="rank 0: out of memory"), make_record(cell, 2)]
+    text = text_of(report(suite_folder(tmp_path, records), tmp_path / "out"))
+    assert "ok × 2, oom" in text
+
+
+def test_values_that_were_not_finite_are_told(tmp_path: Path) -> None:
+    record = make_record(make_cell("sft"))
+    part = dataclasses.replace(record.parts[0], facts={**record.parts[0].facts, "non_finite": {"gradient_norm": [3]}})
+    text = text_of(report(suite_folder(tmp_path, [dataclasses.replace(record, parts=[part])]), tmp_path / "out"))
+    assert "Not finite in some steps, which ended no trial: gradient_norm." in text
+
+
+def test_paths_are_cut_and_addresses_kept() -> None:
+    assert without_paths("/a/b/c.py:3 and ./rel/x and https://example.org/a/b/c") == "…/c.py:3 and ./rel/x and https://example.org/a/b/c"
+
+
+def test_the_metrics_page_is_up_to_date() -> None:
+    """Run `python -m bench.report.documentation > docs/metrics.md` when this fails."""
+    assert (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8") == metrics_page()
+
+
+def test_reporting_never_loads_torch() -> None:
+    code = (
+        "import sys, bench.report.commands, bench.report.documentation; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
