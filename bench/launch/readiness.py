@@ -1,0 +1,109 @@
+"""What a run needs of this machine, checked before anything is started, and files that look finished and are not. Torch-free."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from bench.data.manifest import load_manifest
+from bench.errors import BenchError, MachineError
+from bench.launch.inputs import read_done
+from bench.layout import Layout
+from bench.matrix import Block, Plan
+from bench.measure.host import Host, look
+from bench.needs import needs, weights_on_disk_bytes
+
+GIB = 1 << 30
+SPARE_BYTES = 1 * GIB
+"""Disk for records, logs and the report."""
+
+
+def check_readiness(plan: Plan, root: Path) -> None:
+    """Raise MachineError with everything that this machine lacks for `plan`, whose results would go to `root`."""
+    host = look(root)
+    lacks = [*_lacks_devices(plan, host), *_lacks_memory(plan, host), *_lacks_disk(plan, host)]
+    if lacks:
+        raise MachineError(
+            "\n  ".join([f"this machine cannot run the suite {plan.suite}:", *lacks, "`coati-bench doctor` says what it has"])
+        )
+
+
+def _lacks_devices(plan: Plan, host: Host) -> list[str]:
+    wanted = max((cell.world_size for cell in plan.cells.values() if cell.settings.device == "cuda"), default=0)
+    lacks = []
+    if wanted > len(host.devices):
+        seen = f"{len(host.devices)}" if host.devices else f"none ({host.no_devices or 'the driver counts 0'})"
+        lacks.append(
+            f"its cells compute on CUDA devices; seen: {seen}; needed: {wanted} NVIDIA device{'s' * (wanted > 1)} "
+            "(`device: cpu` in the settings runs small models without)"
+        )
+    if wanted and host.versions.get("torch") and host.versions.get("cuda") is None:
+        lacks.append(f"torch must be a CUDA build; seen: {host.versions['torch']}; `python3 envs/install.py --family cuda` installs one")
+    return lacks
+
+
+def _lacks_memory(plan: Plan, host: Host) -> list[str]:
+    """Host memory for the states of CPU cells, by theory; of devices it is a measurement whether a cell fits."""
+    on_cpu = [cell for cell in plan.cells.values() if cell.settings.device == "cpu"]
+    wanted = max((cell.world_size * theory.state_bytes for cell in on_cpu if (theory := needs(cell))), default=0)
+    if wanted <= host.memory_bytes:
+        return []
+    return [f"the states of its largest CPU cell need {wanted / GIB:.1f} GiB; seen: {host.memory_bytes / GIB:.1f} GiB of memory"]
+
+
+def _lacks_disk(plan: Plan, host: Host) -> list[str]:
+    wanted = weights_on_disk_bytes(plan) + SPARE_BYTES
+    if wanted <= host.disk_free_bytes:
+        return []
+    return [f"weights and records need {wanted / GIB:.1f} GiB of disk; seen: {host.disk_free_bytes / GIB:.1f} GiB free"]
+
+
+def forget_unfinished(plan: Plan, layout: Layout) -> list[str]:
+    """Remove the files that say that something is finished when it is not any more; return what, in words.
+
+    Manifests whose data is gone, warm starts that are gone or failed and are asked for again, blocks whose records are gone.
+    Without that, Snakemake would take those files for the thing itself.
+    """
+    forgotten = []
+    for name in plan.data:
+        if _data_is_gone(layout.data(name)):
+            layout.data(name).unlink()
+            forgotten.append(f"data {name} is no longer where it was; it is fetched again")
+    for block in plan.blocks:
+        if layout.block(block.block_id).exists() and not _has_records(layout, block):
+            layout.block(block.block_id).unlink()
+            forgotten.append(f"records of block {block.block_id} are gone; it runs again")
+    for warm in plan.warm:
+        done = layout.warm(warm.key) / "done.json"
+        content = read_done(done)
+        failed = content is not None and content["outcome"] != "ok"
+        if content is not None and (_is_asked_for(plan, layout, warm.key) if failed else not (done.parent / "weights").is_dir()):
+            done.unlink()
+            forgotten.append(f"warm start {warm.key} {'failed and is asked for again' if failed else 'lost its weights'}; it is made again")
+    return forgotten
+
+
+def _data_is_gone(manifest: Path) -> bool:
+    if not manifest.exists():
+        return False
+    try:
+        known = load_manifest(manifest)
+        return Path(known.path).stat().st_size != known.bytes
+    except (BenchError, OSError):
+        return True
+
+
+def _has_records(layout: Layout, block: Block) -> bool:
+    """Whether the block's file can be read and every record of it is there."""
+    try:
+        listed = {entry["cell_id"] for entry in json.loads(layout.block(block.block_id).read_text(encoding="utf-8"))["records"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return listed >= set(block.cells) and all(layout.record(cell_id, block.trial).exists() for cell_id in block.cells)
+
+
+def _is_asked_for(plan: Plan, layout: Layout, key: str) -> bool:
+    """Whether something that begins from this warm start is still to be made."""
+    blocks = [block for block in plan.blocks if any(key in starts.values() for starts in block.starts.values())]
+    later = [warm.key for warm in plan.warm if key in warm.starts.values()]
+    return any(not layout.block(block.block_id).exists() for block in blocks) or any(_is_asked_for(plan, layout, other) for other in later)
