@@ -22,7 +22,7 @@ from bench.trial import Trial
 PRELOAD = (
     "torch", "torch.distributed", "torch.nn.parallel", "transformers", "transformers.models.bloom.modeling_bloom",
     "transformers.models.gpt2.modeling_gpt2", "transformers.models.llama.modeling_llama", "transformers.models.opt.modeling_opt", "peft",
-    "colossalai", "colossalai.booster", "colossalai.booster.plugin",
+    "colossalai", "colossalai.booster", "colossalai.booster.plugin", "bench.models.build", "bench.data.collate",
 )  # fmt: skip
 """Imported once, before any rank exists; what cannot be imported is left to the rank that needs it."""
 

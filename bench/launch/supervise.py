@@ -169,13 +169,13 @@ def _part(path: Path) -> Part | None:
 def _observed(trial: Trial, watched: Watched, telemetry: Telemetry) -> dict[str, Any]:
     notes = {rank: read_process(Path(trial.work), rank) for rank in range(trial.parsed_cell.world_size)}
     ends = {str(rank): signal_name(note.code) for rank, note in notes.items() if note and note.code is not None}
-    by_itself = sorted(rank for rank, note in watched.processes.items() if note.code is not None)
+    by_itself = {rank for rank, note in watched.processes.items() if note.code is not None}
     return {
         **telemetry.observed(),
         "seconds": watched.seconds,
         "time_to_detection_seconds": watched.detection_seconds,
         "exits": ends,
-        "ended_by_supervisor": [int(rank) for rank in ends if int(rank) not in by_itself],
+        "ended_by_supervisor": [rank for rank, note in notes.items() if note and rank not in by_itself],
         "last_seen": {str(rank): {"phase": place.phase, "step": place.step} for rank, place in watched.places.items()},
     }
 

@@ -16,6 +16,9 @@ from bench.measure.nvml import Device
 FAST_SECONDS, SLOW_SECONDS = 0.05, 1.0
 """Between two readings of memory, and of what is dearer to read: shared pages, power, clocks, processes."""
 
+SEARCH_SHARE = 0.05
+"""Largest share of the thread's time for finding the ranks' processes: on a node with thousands of others that is slow."""
+
 
 class Telemetry:
     """A thread that polls from `__enter__` to `__exit__`.
@@ -35,6 +38,8 @@ class Telemetry:
         self._peak: dict[str, int] = {}
         self._slow: dict[str, _Slow] = {device.uuid: _Slow() for device in devices}
         self._host_peak = self._host_shared_peak = self._samples = 0
+        self._found: list[int] = []
+        self._search_due = 0.0
         self._ours: set[int] = set()
         self._strangers: dict[int, int] = {}
         self._sees_ours = False
@@ -93,15 +98,22 @@ class Telemetry:
                 self._peak[device.uuid] = max(self._peak.get(device.uuid, 0), used - idle)
         if slow:
             self._sample_slow()
-        pids = self._pids()
-        self._ours.update(pids)
-        self._host_peak = max(self._host_peak, sum(map(self._resident, pids)))
+        self._host_peak = max(self._host_peak, sum(map(self._resident, self._search())))
         self._samples += 1
+
+    def _search(self, now: bool = False) -> list[int]:
+        """The ranks' processes, looked for anew if that is due."""
+        begin = time.monotonic()
+        if now or begin >= self._search_due:
+            self._found = self._pids()
+            self._ours.update(self._found)
+            end = time.monotonic()
+            self._search_due = end + (end - begin) / SEARCH_SHARE
+        return self._found
 
     def _sample_slow(self) -> None:
         seen = {pid for device in self._devices for pid in device.processes()}
-        pids = self._pids()
-        self._ours.update(pids)
+        pids = self._search(now=True)
         self._sees_ours |= bool(seen & self._ours)
         for pid in seen - self._ours:
             self._strangers[pid] = self._strangers.get(pid, 0) + 1

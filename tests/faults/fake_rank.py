@@ -24,7 +24,15 @@ RANK = "RANK"
 def run_rank(trial: Trial) -> int:
     rank = int(os.environ[RANK])
     print(f"rank {rank} of {os.environ['WORLD_SIZE']} on node {os.environ['GROUP_RANK']}", flush=True)
-    return globals()[trial.data[0].facts["behaviour"].get(str(rank), "work")](trial, rank)
+    return globals()[behaviour(trial).get(str(rank), "work")](trial, rank)
+
+
+def behaviour(trial: Trial) -> dict[str, str]:
+    """From the first input's facts, else from `behaviour.json` beside the data, by stage and strategy."""
+    if "behaviour" in trial.data[0].facts:
+        return trial.data[0].facts["behaviour"]
+    script = Path(trial.data[0].path).with_name("behaviour.json")
+    return json.loads(script.read_text()).get(f"{trial.cell['stage']} {trial.cell['strategy']}", {}) if script.exists() else {}
 
 
 def beat(trial: Trial, rank: int, phase: str, step: int) -> None:
@@ -41,8 +49,19 @@ def leave_part(trial: Trial, rank: int, outcome: str = "ok", reason: str | None 
     save_part(part, trial.part_path(rank))
 
 
+def save(trial: Trial) -> None:
+    """Weights that tell which start they come from, written at once."""
+    draft = Path(f"{trial.save_to}.draft")
+    draft.mkdir(parents=True)
+    begun = [start.sha256 for start in trial.starts]
+    (draft / "tokenizer.json").write_text(json.dumps({"cell": trial.cell, "seed": trial.seed, "begun": begun}))
+    draft.rename(trial.save_to)
+
+
 def work(trial: Trial, rank: int) -> int:
     beat(trial, rank, "train", 10)
+    if trial.save_to and rank == 0:
+        save(trial)
     leave_part(trial, rank)
     return 0
 
