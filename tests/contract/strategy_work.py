@@ -28,8 +28,8 @@ LEARNING_RATE = 1e-3
 def make_cell(strategy: str, ranks: int, **changes: Any) -> Cell:
     """A tiny cell of 8 sequences a step."""
     content = {
-        "stage": "sft", "model": "bloom-tiny", "strategy": strategy, "lora_rank": 0, "processes_per_node": ranks, "steps": 8,
-        "precision": "fp32", "device": "cpu", "global_batch": SEQUENCES, "micro_batch": 2, "weight_decay": 0.01, "clip_norm": 1.0,
+        "stage": "sft", "model": "bloom-tiny", "strategy": strategy, "lora_rank": 0, "processes_per_node": ranks, "steps": 10,
+        "precision": "fp32", "device": "cpu", "global_batch": SEQUENCES, "micro_batch": 4, "weight_decay": 0.01, "clip_norm": 1.0,
     }  # fmt: skip
     return cell_from_json({**content, **changes})
 
@@ -89,7 +89,7 @@ def train(cell: Cell, steps: int) -> dict[str, Any]:
 
 
 @cache
-def trained(strategy: str, ranks: int, steps: int = 8, **changes: Any) -> dict[str, Any]:
+def trained(strategy: str, ranks: int, steps: int = 10, **changes: Any) -> dict[str, Any]:
     """What rank 0 saw of a run of `strategy`; each run happens once a session."""
     cell = make_cell(strategy, ranks, **changes)
     problem = all_strategies()[strategy].unsupported(cell)

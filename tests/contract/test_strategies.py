@@ -27,8 +27,10 @@ from tests.contract.strategy_work import (
 )
 
 STRATEGIES = sorted(all_strategies())
-PLACES = [(strategy, ranks) for strategy in STRATEGIES for ranks in (1, 2)]
+PLACES = [(strategy, ranks) for strategy in STRATEGIES for ranks in (1, 2) if strategy != "naive" or ranks == 1]
 every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
+WIDEST = [(strategy, 1 if strategy == "naive" else 2) for strategy in STRATEGIES]
+at_its_widest = pytest.mark.parametrize(("strategy", "ranks"), WIDEST)
 every_place = pytest.mark.parametrize(("strategy", "ranks"), PLACES)
 
 
@@ -118,14 +120,14 @@ def test_losses_are_those_of_naive(strategy: str, ranks: int, model: str, lora_r
         assert losses[0] == pytest.approx(naive[0], rel=2e-2)
         zero2 = trained("zero2", ranks, model=model, lora_rank=lora_rank, precision=precision)["losses"]
         assert losses == pytest.approx(zero2, rel=1e-3)
-    assert losses[-1] < losses[0] - (0.4 if lora_rank == 0 else 0.002)
+    assert losses[-1] < losses[0] - (0.5 if lora_rank == 0 else 0.002)
 
 
 @every_place
 def test_accumulation_changes_nothing(strategy: str, ranks: int) -> None:
     skip_unsupported(strategy, ranks, precision=comparable(strategy))
-    small = trained(strategy, ranks, steps=4, precision=comparable(strategy), micro_batch=1)
-    large = trained(strategy, ranks, steps=4, precision=comparable(strategy), micro_batch=8 // ranks)
+    small = trained(strategy, ranks, steps=3, precision=comparable(strategy), micro_batch=1)
+    large = trained(strategy, ranks, steps=3, precision=comparable(strategy), micro_batch=8 // ranks)
     assert small["losses"] == pytest.approx(large["losses"], rel=tolerance(strategy))
     assert small["norms"] == pytest.approx(large["norms"], rel=10 * tolerance(strategy))
 
@@ -163,9 +165,8 @@ def test_clipping_is_that_of_naive_and_its_absence_still_gives_the_norm(strategy
     )
 
 
-@every_strategy
-def test_activation_checkpointing_changes_no_loss(strategy: str) -> None:
-    ranks = 1 if strategy == "naive" else 2
+@at_its_widest
+def test_activation_checkpointing_changes_no_loss(strategy: str, ranks: int) -> None:
     precision = comparable(strategy)
     skip_unsupported(strategy, ranks, precision=precision, activation_checkpointing=True)
     for model in ("bloom-tiny", "llama-tiny"):
@@ -174,7 +175,7 @@ def test_activation_checkpointing_changes_no_loss(strategy: str) -> None:
         assert with_it == pytest.approx(without, rel=tolerance(strategy))
 
 
-@every_place
+@at_its_widest
 def test_two_forward_passes_may_share_one_backward_pass(strategy: str, ranks: int) -> None:
     precision = comparable(strategy)
     skip_unsupported(strategy, ranks, precision=precision)
@@ -186,10 +187,9 @@ def test_two_forward_passes_may_share_one_backward_pass(strategy: str, ranks: in
 # ---------------------------------------------------------------------------------------------------------------- precision
 
 
-@every_strategy
+@at_its_widest
 @pytest.mark.parametrize("precision", get_args(Precision))
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_precision_mode_trains_and_stores_its_type(strategy: str, precision: str, ranks: int) -> None:
+def test_a_precision_mode_trains_and_stores_its_type(strategy: str, ranks: int, precision: str) -> None:
     skip_unsupported(strategy, ranks, precision=precision)
     run = trained(strategy, ranks, steps=4, precision=precision)
     assert run["losses"] == pytest.approx(trained("naive", 1)["losses"][:4], rel=2e-2)
@@ -198,13 +198,14 @@ def test_a_precision_mode_trains_and_stores_its_type(strategy: str, precision: s
     assert set(run["dtypes"].values()) == {f"torch.{wanted}"}
 
 
-@every_strategy
-def test_masters_keep_what_the_storage_type_would_round_away(strategy: str) -> None:
-    """Steps of 1e-6 vanish in bf16 weights; with fp32 masters they add up, without them nothing ever moves."""
+@at_its_widest
+def test_masters_keep_what_the_storage_type_would_round_away(strategy: str, ranks: int) -> None:
+    """A step of 0.001 from a layer norm's weight of 1 is less than half a step of bf16: without masters it never moves."""
     if not {"bf16-master", "bf16-pure"} <= all_strategies()[strategy].precisions:
         pytest.skip("offers only one of the two modes")
-    master, pure = (trained(strategy, 1, steps=4, precision=mode) for mode in ("bf16-master", "bf16-pure"))
-    assert master["losses"] != pure["losses"]
+    master, pure = (trained(strategy, ranks, steps=4, precision=mode)["moved"] for mode in ("bf16-master", "bf16-pure"))
+    assert pure["transformer.ln_f.weight"] == 0.0
+    assert master["transformer.ln_f.weight"] > 0.0
 
 
 @every_strategy
@@ -220,7 +221,7 @@ def test_a_step_that_overflows_fp16_is_skipped_and_says_so(strategy: str) -> Non
 # -------------------------------------------------------------------------------------------------------------- parameters
 
 
-@every_place
+@at_its_widest
 def test_with_lora_only_the_adapters_move(strategy: str, ranks: int) -> None:
     precision = comparable(strategy)
     skip_unsupported(strategy, ranks, lora_rank=8, precision=precision)
@@ -231,7 +232,7 @@ def test_with_lora_only_the_adapters_move(strategy: str, ranks: int) -> None:
     assert all(change == 0 for name, change in moved.items() if name not in adapters)
 
 
-@every_place
+@at_its_widest
 def test_full_fine_tuning_moves_every_tensor(strategy: str, ranks: int) -> None:
     precision = comparable(strategy)
     skip_unsupported(strategy, ranks, precision=precision)
@@ -247,7 +248,7 @@ def test_the_learning_rate_is_set_for_the_next_step(strategy: str) -> None:
     assert at_some == pytest.approx(0.01, rel=0.3)
 
 
-@every_place
+@at_its_widest
 @pytest.mark.parametrize("lora_rank", [0, 8])
 @pytest.mark.parametrize("scorer", [False, True])
 def test_the_full_state_survives_a_checkpoint(strategy: str, ranks: int, lora_rank: int, scorer: bool, tmp_path: Any) -> None:
@@ -284,7 +285,7 @@ def test_training_the_module_inside_ddp_is_caught() -> None:
 # ---------------------------------------------------------------------------------------------------------------------- PPO
 
 
-@every_place
+@at_its_widest
 @pytest.mark.parametrize("model", ["bloom-tiny", "llama-tiny", "gpt2-tiny"])
 def test_generation_with_a_cache_is_that_without(strategy: str, ranks: int, model: str) -> None:
     precision = comparable(strategy)
@@ -296,7 +297,7 @@ def test_generation_with_a_cache_is_that_without(strategy: str, ranks: int, mode
         assert math.isfinite(rank["loss"])
 
 
-@every_place
+@at_its_widest
 @pytest.mark.parametrize("lora_rank", [0, 8])
 def test_a_policy_and_a_critic_train_side_by_side(strategy: str, ranks: int, lora_rank: int) -> None:
     precision = comparable(strategy)
