@@ -79,6 +79,12 @@ def chained(tmp_path, monkeypatch):
     return Results(tmp_path, "chain", monkeypatch)
 
 
+def block_program(target: Path) -> str:
+    """A program that runs a block, to be killed."""
+    call = f"run_block(Path({str(target)!r}), preload=(), **{FAKE!r})"
+    return f"import sys\nfrom pathlib import Path\nfrom bench.launch.block import run_block\nsys.exit({call})"
+
+
 def stamps(folder: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*.json")}
 
@@ -122,7 +128,7 @@ def test_a_block_that_was_killed_goes_on_where_it_was(shared, wait_until, gone):
     block = next(block for block in shared.plan.blocks if block.stage == "sft")
     second = shared.plan.cells[block.cells[1]].strategy
     shared.behave({f"sft {second}": {"0": "leave_session_and_hang"}})
-    code = f"from pathlib import Path; from bench.launch.block import run_block\nrun_block(Path({str(shared.target('sft'))!r}), preload=(), **{FAKE!r})"
+    code = block_program(shared.target("sft"))
     process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])})
     stray = shared.layout.logs(block.cells[1], 0).parent / "stray0.pid"
     assert wait_until(lambda: stray.exists() and stray.read_text(), 30)
@@ -142,7 +148,7 @@ def test_an_interrupted_block_exits_130_and_leaves_neither_block_file_nor_record
     block = next(block for block in shared.plan.blocks if block.stage == "sft")
     first = shared.plan.cells[block.cells[0]].strategy
     shared.behave({f"sft {first}": {"0": "hang"}})
-    code = f"import sys; from pathlib import Path; from bench.launch.block import run_block\nsys.exit(run_block(Path({str(shared.target('sft'))!r}), preload=(), **{FAKE!r}))"  # noqa: E501
+    code = block_program(shared.target("sft"))
     process = subprocess.Popen(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}, stdout=subprocess.PIPE, text=True
     )
@@ -158,7 +164,7 @@ def test_an_interrupted_block_exits_130_and_leaves_neither_block_file_nor_record
 
 
 def test_a_block_whose_warm_start_was_never_made_says_how_to_make_it(shared):
-    with pytest.raises(UserError, match="the warm start sft-bloom-tiny-.* was not made yet; `coati-bench warm "):
+    with pytest.raises(UserError, match=r"the warm start sft-bloom-tiny-.* was not made yet; `coati-bench warm "):
         shared.run("rm")
 
 

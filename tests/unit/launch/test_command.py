@@ -1,0 +1,80 @@
+"""Lines that start agents, and the environment of ranks."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from bench.cell import cell_from_json
+from bench.launch.command import Agents, agent_line, command_lines
+from bench.launch.environment import SOURCE_TREE, rank_environment
+from bench.launch.parent import rank_variables
+from bench.trial import make_trial
+
+
+def cell(nodes=1, processes=1):
+    return cell_from_json(
+        {"stage": "sft", "model": "bloom-tiny", "strategy": "ddp", "nodes": nodes, "processes_per_node": processes, "steps": 3,
+         "global_batch": nodes * processes}
+    )  # fmt: skip
+
+
+def test_an_agents_line_says_where_it_stands():
+    line = agent_line(cell(2, 4), 1, ["bench.worker", "t.json"], address="n1", port=5000, python="python")
+    assert " ".join(line) == (
+        "python -m torch.distributed.run --nnodes 2 --node-rank 1 --nproc-per-node 4 --master-addr n1 --master-port 5000 --max-restarts 0"
+        " -m bench.worker t.json"
+    )
+
+
+def test_lines_to_paste_are_one_for_each_node_and_meet_at_the_first():
+    lines = command_lines(cell(3, 2), Path("a b/trial.json"))
+    assert len(lines) == 3
+    for node, line in enumerate(lines):
+        words = shlex.split(line)
+        assert words[words.index("--node-rank") + 1] == str(node)
+        assert words[words.index("--master-addr") + 1] == "$HEAD"
+        assert words[-3:] == ["-m", "bench.worker", "a b/trial.json"]
+    assert "--master-addr 127.0.0.1" in command_lines(cell(), Path("t.json"))[0]
+
+
+def test_prefixes_go_around_the_agent_outer_first(tmp_path):
+    agents = Agents(outer=("srun", "-N1"), inner=("apptainer", "exec", "x.sqfs"))
+    (line,) = agents.command(make_trial(cell(), 0, work=str(tmp_path)), tmp_path / "trial.json")
+    assert line.startswith("srun -N1 apptainer exec x.sqfs ")
+    assert "-m torch.distributed.run" in line
+
+
+def test_only_named_variables_reach_the_ranks(monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+    monkeypatch.setenv("SOMETHING_ELSE", "x")
+    monkeypatch.setenv("NCCL_DEBUG", "WARN")
+    monkeypatch.setenv("HF_TOKEN", "x")
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    found = rank_environment()
+    assert {"AWS_SECRET_ACCESS_KEY", "SOMETHING_ELSE", "HF_TOKEN"}.isdisjoint(found)
+    assert found["NCCL_DEBUG"] == "WARN"
+    assert (found["HF_HUB_OFFLINE"], found["TRANSFORMERS_OFFLINE"]) == ("1", "1")
+    assert found["PYTHONPATH"] == str(SOURCE_TREE)
+    assert rank_environment(search_path=("/first",))["PYTHONPATH"].startswith("/first:")
+
+
+@pytest.mark.parametrize(("user", "expected"), [(None, "1"), ("7", "7")])
+def test_the_users_number_of_threads_wins(monkeypatch, user, expected):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if user:
+        monkeypatch.setenv("OMP_NUM_THREADS", user)
+    assert rank_environment()["OMP_NUM_THREADS"] == expected
+
+
+def test_forked_ranks_get_what_torchrun_would_set():
+    ranks = rank_variables(cell(2, 2), 5000)
+    assert [(rank["RANK"], rank["GROUP_RANK"], rank["LOCAL_RANK"]) for rank in ranks] == [
+        ("0", "0", "0"),
+        ("1", "0", "1"),
+        ("2", "1", "0"),
+        ("3", "1", "1"),
+    ]
+    assert {(rank["WORLD_SIZE"], rank["LOCAL_WORLD_SIZE"], rank["MASTER_PORT"]) for rank in ranks} == {("4", "2", "5000")}
