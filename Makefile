@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 SHELL := /bin/bash
 
-.PHONY: help install quickstart test lint reference clean
+.PHONY: help install quickstart test lint types reference clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -20,18 +20,16 @@ reference: install ## the seed runs on a BLOOM-560m: needs an NVIDIA GPU
 	@echo "coati-bench run config/reference/bloom-560m.yaml"
 	@$(VENV)/bin/coati-bench run config/reference/bloom-560m.yaml
 
-lint: install ## ruff, formatting, types, import contracts
+lint: install ## ruff, formatting, import contracts
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
-test: install ## lint, then every test: the safe ones in parallel, then those that start whole workflows
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/lint-imports
-	$(VENV)/bin/python -m pytest -n 2 -m "not serial" -q
-	$(VENV)/bin/python -m pytest -m serial -q
+types: install ## mypy
+	$(VENV)/bin/mypy
+
+test: lint ## lint, then all tests; tests/gpu skip themselves without a GPU
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadgroup -q
 
 clean: ## remove .venv and what tools left behind; results stay
 	rm -rf $(VENV) .snakemake .pytest_cache .ruff_cache .mypy_cache .import_linter_cache build dist *.egg-info
