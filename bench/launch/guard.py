@@ -68,6 +68,7 @@ class Guarded:
 
     def wait(self, seconds: float) -> Ended | None:
         """How it ended, as soon as it has, or None after `seconds`."""
+        assert self._process.stdout is not None
         if self._ended is None and select.select([self._process.stdout], [], [], seconds)[0]:
             self._collect()
         return self._ended

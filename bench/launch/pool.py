@@ -64,7 +64,8 @@ def _take(count: int, devices: list[Device], folder: Path, locks: ExitStack) -> 
     if len(devices) < count:
         _, reason = load_nvml()
         raise LackingError(f"{count} devices are needed on this machine; seen: {len(devices)}" + (f" ({reason})" if reason else ""))
-    held, problems = [], []
+    held: list[Device] = []
+    problems: list[str] = []
     for device in devices:
         if len(held) < count and (problem := _lock(device, folder, locks) or device.busy()):
             problems.append(problem)

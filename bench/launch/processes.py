@@ -126,7 +126,7 @@ def send(pids: Iterable[int], number: int) -> None:
 
 def reap_children() -> dict[int, int]:
     """Collect every child that has ended, orphans that came here included; pid -> exit code (negative for a signal)."""
-    codes = {}
+    codes: dict[int, int] = {}
     while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)

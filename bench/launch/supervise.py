@@ -129,10 +129,9 @@ def _try(trial: Trial, launcher: Launcher, stop: Stop, devices: list[Device]) ->
     clean(work)
     save_trial(trial, work / "trial.json")
     kills = oom_kills()
-    telemetry_of = {"resident": resident_bytes, "proportional": proportional_bytes, "devices": devices}
     job = launcher.start(trial, work / "trial.json", [device.uuid for device in devices])
     try:
-        with Telemetry(job.pids, **telemetry_of) as telemetry:
+        with Telemetry(job.pids, resident=resident_bytes, proportional=proportional_bytes, devices=devices) as telemetry:
             watched = watch(job, trial, stop)
         if watched.end in ("silent", "timeout"):
             dump_stacks(watched.processes)

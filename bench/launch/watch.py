@@ -72,11 +72,14 @@ class Place(NamedTuple):
         return f"phase {self.phase}, step {self.step}"
 
 
+End = Literal["ended", "failed", "timeout", "silent", "cancelled"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Watched:
     """How the watching of one try came to its end, before anything was killed."""
 
-    end: Literal["ended", "failed", "timeout", "silent", "cancelled"]
+    end: End
     """All ranks ended; one failed; the time was over; a rank was silent; somebody asked."""
     seconds: float
     """From the start to the decision."""
@@ -113,31 +116,28 @@ def watch(job: Job, trial: Trial, stop: Stop) -> Watched:
     """Wait until the ranks have ended, or until they should be ended."""
     started = time.monotonic()
     beats = Heartbeats(trial, started)
-    limits, work = trial.limits, Path(trial.work)
     failed_at: float | None = None
     while True:
         ended = job.wait(POLL_SECONDS)
         now = time.monotonic()
-        processes = {rank: note for rank in range(trial.parsed_cell.world_size) if (note := read_process(work, rank))}
+        processes = {rank: note for rank in range(trial.parsed_cell.world_size) if (note := read_process(Path(trial.work), rank))}
         failures = [note.ended for note in processes.values() if note.code and note.ended]
-        failed_at = failed_at or (now if failures else None)
-        end, rank, sign = None, None, min(failures, default=None)
+        if failures and failed_at is None:
+            failed_at = now
         silent, silence = beats.silent(now, {rank for rank, note in processes.items() if note.code is not None})
-        detection = None if sign is None else max(0.0, time.time() - sign)
-        if ended:
-            end = "ended"
-        elif stop.asked:
-            end = "cancelled"
-        elif failed_at is not None and now > failed_at + LINGER_SECONDS:
-            end = "failed"
-        elif now - started > limits.timeout_seconds:
-            end, detection = "timeout", now - started - limits.timeout_seconds
-        elif failed_at is None and silence > limits.heartbeat_seconds:
-            end, rank, detection = "silent", silent, silence
+        end: End | None = "ended" if ended else "cancelled" if stop.asked else None
+        detection = max(0.0, time.time() - min(failures)) if failures else None
+        if end is None and failed_at is not None:
+            end = "failed" if now > failed_at + LINGER_SECONDS else None
+        elif end is None and now - started > trial.limits.timeout_seconds:
+            end, detection = "timeout", now - started - trial.limits.timeout_seconds
+        elif end is None and silence > trial.limits.heartbeat_seconds:
+            end, detection = "silent", silence
         if end is not None:
             return Watched(
-                end=end, seconds=now - started, detection_seconds=detection, silent_rank=rank, places=beats.places(), processes=processes
-            )
+                end=end, seconds=now - started, detection_seconds=detection, silent_rank=silent if end == "silent" else None,
+                places=beats.places(), processes=processes,
+            )  # fmt: skip
 
 
 def dump_stacks(processes: dict[int, RankProcess]) -> None:

@@ -126,25 +126,22 @@ class _Slow:
     """Extremes of one device's slow readings."""
 
     def __init__(self) -> None:
-        self._power: list[float] = []
-        self._clock: list[int] = []
-        self._temperature: list[int] = []
+        self._values: tuple[list[float], ...] = ([], [], [])
         self.throttles: set[str] = set()
 
     def add(self, device: Device) -> None:
-        for values, value in (
-            (self._power, device.power_watts()), (self._clock, device.clock_megahertz()), (self._temperature, device.temperature_celsius()),
-        ):  # fmt: skip
+        for values, value in zip(self._values, (device.power_watts(), device.clock_megahertz(), device.temperature_celsius()), strict=True):
             if value is not None:
                 values.append(value)
         self.throttles.update(device.throttles())
 
     def summary(self) -> dict[str, Any]:
+        power, clock, temperature = self._values
         return {
-            "power_watts_mean": sum(self._power) / len(self._power) if self._power else None,
-            "power_watts_peak": max(self._power, default=None),
-            "sm_clock_megahertz_lowest": min(self._clock, default=None),
-            "sm_clock_megahertz_highest": max(self._clock, default=None),
-            "temperature_celsius_peak": max(self._temperature, default=None),
+            "power_watts_mean": sum(power) / len(power) if power else None,
+            "power_watts_peak": max(power, default=None),
+            "sm_clock_megahertz_lowest": min(clock, default=None),
+            "sm_clock_megahertz_highest": max(clock, default=None),
+            "temperature_celsius_peak": max(temperature, default=None),
             "throttles": sorted(self.throttles),
         }

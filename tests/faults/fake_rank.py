@@ -191,5 +191,28 @@ def patch(trial: Trial, rank: int) -> int:
     return 0
 
 
+def cuda_work(trial: Trial, rank: int) -> int:
+    """Hold 2 GiB of the device and multiply for a while."""
+    import torch
+
+    assert torch.cuda.device_count() == int(os.environ["LOCAL_WORLD_SIZE"])
+    held = torch.ones(1 << 29, device="cuda")
+    factor = torch.ones(8192, 8192, dtype=torch.bfloat16, device="cuda")
+    end = time.monotonic() + 4
+    while time.monotonic() < end:
+        factor @ factor
+        torch.cuda.synchronize()
+        beat(trial, rank, "train", int(held[0]))
+    return work(trial, rank)
+
+
+def cuda_exhaust(trial: Trial, rank: int) -> int:
+    """Ask for more than any device has."""
+    import torch
+
+    torch.empty(1 << 45, dtype=torch.uint8, device="cuda")
+    return 0
+
+
 if __name__ == "__main__":
     sys.exit(run_rank(load_trial(Path(sys.argv[1]))))

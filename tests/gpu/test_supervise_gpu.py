@@ -1,0 +1,100 @@
+"""Supervision on a real device: its memory as the driver sees it, who else is on it, and running out of it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from bench.cell import cell_from_json
+from bench.launch import supervise
+from bench.launch.command import Agents
+from bench.launch.pool import hold_devices
+from bench.measure.nvml import all_devices
+from bench.record import Input, load_record
+from bench.suite import Limits
+from bench.trial import make_trial
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not all_devices(), reason="needs an NVIDIA device")]
+
+FAKES = (str(Path(__file__).parents[1] / "faults"),)
+GIB = 1 << 30
+OCCUPY = "import torch, time; x = torch.ones(1 << 28, device='cuda'); torch.cuda.synchronize(); print('ready', flush=True); time.sleep(60)"
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Run one rank that behaves so on a device, and return the record as it was written."""
+
+    def run(behaviour, idle_seconds=5.0):
+        monkeypatch.setattr(supervise, "hold_devices", lambda count, **more: hold_devices(count, seconds=idle_seconds, **more))
+        cell = {"stage": "sft", "model": "bloom-tiny", "strategy": "naive", "steps": 10, "device": "cuda", "launcher": "torchrun"}
+        data = [Input(name="synthetic-instruct", path="nowhere", sha256="0" * 64, facts={"behaviour": {"0": behaviour}})]
+        limits = Limits(timeout_seconds=90.0, heartbeat_seconds=60.0)
+        trial = make_trial(cell_from_json(cell), 0, data=data, work=str(tmp_path / "work"), limits=limits)
+        supervise.run_trial(trial, tmp_path / "record.json", agents=Agents(program="fake_rank", search_path=FAKES))
+        return load_record(tmp_path / "record.json")
+
+    return run
+
+
+def occupy():
+    process = subprocess.Popen([sys.executable, "-c", OCCUPY], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline().strip() == "ready"
+    return process
+
+
+def test_memory_power_and_energy_of_the_device_are_seen_from_outside(run):
+    record = run("cuda_work")
+    assert (record.outcome, record.reason) == ("ok", None)
+    (peak,) = record.observed["device_memory_peak_bytes"].values()
+    assert 2 * GIB < peak < 6 * GIB
+    (device,) = record.observed["devices"].values()
+    assert device["power_watts_peak"] > 100
+    assert device["energy_joules"] > 100
+    (described,) = record.provenance["machines"][0]["devices"]
+    assert described["name"].startswith("NVIDIA")
+    assert described["memory_bytes"] > 10 * GIB
+    assert record.observed["telemetry_samples"] / record.observed["seconds"] >= 10
+
+
+def test_more_memory_than_the_device_has_is_out_of_memory(run):
+    record = run("cuda_exhaust")
+    assert (record.outcome, record.attempt) == ("oom", 1)
+    assert "CUDA out of memory" in record.reason
+
+
+def test_a_device_that_somebody_else_uses_is_busy(run):
+    stranger = occupy()
+    try:
+        record = run("cuda_work", idle_seconds=1.0)
+    finally:
+        stranger.kill()
+        stranger.communicate()
+    assert record.outcome == "busy"
+    assert "waited 1 s" in record.reason
+
+
+def test_a_stranger_on_the_device_meanwhile_makes_the_trial_invalid(run, tmp_path):
+    started = []
+
+    def intrude():
+        while not (tmp_path / "work" / "heartbeat0.json").exists():
+            time.sleep(0.05)
+        started.append(occupy())
+
+    thread = threading.Thread(target=intrude)
+    thread.start()
+    try:
+        record = run("cuda_work")
+    finally:
+        thread.join()
+        for stranger in started:
+            stranger.kill()
+            stranger.communicate()
+    assert record.outcome == "invalid"
+    assert str(started[0].pid) in record.reason
