@@ -249,13 +249,13 @@ class _Text:
 
     def more(self) -> bool:
         """Read on, at least as much as is waiting; False at the end of the file."""
-        self.text, self.at = self.text[self.at :], 0
-        chunk = b"" if self.ended else self.file.read(max(CHUNK_BYTES, len(self.text)))
+        chunk = b"" if self.ended else self.file.read(max(CHUNK_BYTES, len(self.text) - self.at))
         if not chunk:
             if not self.ended:
                 self._feed(b"")
             self.ended = True
             return False
+        self.text, self.at = self.text[self.at :], 0
         self._feed(chunk)
         return True
 
@@ -304,9 +304,9 @@ def _array_value(text: _Text, count: int) -> Any:
     while True:
         try:
             value, end = _decoder.raw_decode(text.text, text.at)
-            if end < len(text.text) or not text.more():
+            # Only brackets and quotes say where a value ends; of a number the rest may be yet to come ("12" of "12.5").
+            if text.text[end - 1] in '}]"' or text.text[end : end + 1] in (",", "]", " ", "\n") or not text.more():
                 break
-            continue
         except json.JSONDecodeError as error:
             # The row may merely reach past the window; one that is far longer than any row is broken.
             if len(text.text) - text.at > LONGEST_ROW_BYTES or not text.more():

@@ -324,6 +324,7 @@ def test_a_file_that_changes_between_tries_is_read_from_the_start(server: Server
     manifest = get(unpublished(f"{server.url}/wild.json"), tmp_path)
     assert is_whole(tmp_path, OTHER)
     assert manifest.sha256 == sha(OTHER)
+    assert len(server.requests) == 2, "If-Range makes the server send the whole new file at once"
 
 
 def test_a_server_that_continues_another_version_is_not_believed(server: Server, tmp_path: Path) -> None:
@@ -360,6 +361,18 @@ def test_a_part_that_is_whole_already_is_not_loaded_again(server: Server, tmp_pa
     assert is_whole(tmp_path)
     assert server.requests[1][1] == f"bytes={len(GOOD)}-"
     assert server.sent == 0
+
+
+def test_a_server_that_does_not_say_the_size_is_checked_by_the_stated_one(server: Server, tmp_path: Path) -> None:
+    def stop_early(handler: Any) -> None:
+        start(handler, 200, ETag='"v1"', Connection="close")
+        write(handler, GOOD[:100_000])
+        handler.close_connection = True
+
+    server.answers = [stop_early]
+    get(source(f"{server.url}/wild.json"), tmp_path)
+    assert server.requests[1][1] == "bytes=100000-"
+    assert is_whole(tmp_path)
 
 
 def test_a_server_without_version_marks_is_read_from_the_start(server: Server, tmp_path: Path) -> None:

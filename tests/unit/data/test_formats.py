@@ -106,6 +106,12 @@ def test_chunk_borders_change_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     assert whole[3].value["instruction"] == "问 3 🙂"
 
 
+@pytest.mark.parametrize("chunk", range(1, 12))
+def test_a_number_is_not_cut_in_two_at_a_chunk_border(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(formats, "CHUNK_BYTES", chunk)
+    assert [raw.value for raw in raw_rows(save(tmp_path, "[123456789, 1234.5678, 42]"))] == [123456789, 1234.5678, 42]
+
+
 # -- rows that are rejected ----------------------------------------------------------------------------------------
 
 
@@ -165,6 +171,13 @@ def test_too_many_rejected_rows_are_an_error_that_names_the_first(tmp_path: Path
         " a row has the fields instruction, output (and input, id)"
     )
     assert len(read_rows(path, "instruct", rejected_share=0.67).rows) == 2
+
+
+def test_the_share_of_rejected_rows_is_a_limit_that_may_be_reached(tmp_path: Path) -> None:
+    path = save(tmp_path, lines(ROWS[:2]) + "one\ntwo\n")
+    assert len(read_rows(path, "instruct", rejected_share=0.5).rejected) == 2
+    with pytest.raises(DataError, match="2 of 4 rows are not usable"):
+        read_rows(path, "instruct", rejected_share=0.49)
 
 
 def test_a_file_without_a_usable_row_is_an_error_even_if_all_may_be_rejected(tmp_path: Path) -> None:
