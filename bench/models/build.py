@@ -78,8 +78,8 @@ def build_scorer(trial: Trial, *, fresh_head: bool, source: str) -> Scorer:
     """
     cell, start = trial.parsed_cell, trial.start(source)
     language_model = _language_model(cell, replaced=start is not None)
-    scorer = Scorer(language_model.base_model)
     with seeded(cell.settings.base_seed + HEAD_SEED_OFFSET):
+        scorer = Scorer(language_model.base_model)
         scorer.value_head.weight.data.normal_(mean=0.0, std=1.0 / (_hidden_size(scorer.config) + 1))
     if start is not None:
         load_checkpoint(scorer, Path(start.path), part="backbone" if fresh_head else "all")
