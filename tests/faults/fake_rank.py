@@ -198,7 +198,7 @@ def cuda_work(trial: Trial, rank: int) -> int:
     assert torch.cuda.device_count() == int(os.environ["LOCAL_WORLD_SIZE"])
     held = torch.ones(1 << 29, device="cuda")
     factor = torch.ones(8192, 8192, dtype=torch.bfloat16, device="cuda")
-    end = time.monotonic() + 4
+    end = time.monotonic() + 6
     while time.monotonic() < end:
         factor @ factor
         torch.cuda.synchronize()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import threading
-import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -23,7 +22,17 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not all_devices(), reason="nee
 
 FAKES = (str(Path(__file__).parents[1] / "faults"),)
 GIB = 1 << 30
-OCCUPY = "import torch, time; x = torch.ones(1 << 28, device='cuda'); torch.cuda.synchronize(); print('ready', flush=True); time.sleep(60)"
+OCCUPY = """
+import sys, time, torch
+from pathlib import Path
+print("imported", flush=True)
+while not Path(sys.argv[1]).exists():
+    time.sleep(0.05)
+held = torch.ones(1 << 28, device="cuda")
+torch.cuda.synchronize()
+print("ready", flush=True)
+time.sleep(60)
+"""
 
 
 @pytest.fixture
@@ -42,10 +51,16 @@ def run(tmp_path, monkeypatch):
     return run
 
 
-def occupy():
-    process = subprocess.Popen([sys.executable, "-c", OCCUPY], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline().strip() == "ready"
-    return process
+@contextmanager
+def stranger(sign):
+    """A process that takes memory of the device as soon as the file `sign` exists."""
+    process = subprocess.Popen([sys.executable, "-c", OCCUPY, sign], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline().strip() == "imported"
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_memory_power_and_energy_of_the_device_are_seen_from_outside(run):
@@ -69,32 +84,16 @@ def test_more_memory_than_the_device_has_is_out_of_memory(run):
 
 
 def test_a_device_that_somebody_else_uses_is_busy(run):
-    stranger = occupy()
-    try:
+    with stranger("/") as process:
+        assert process.stdout.readline().strip() == "ready"
         record = run("cuda_work", idle_seconds=1.0)
-    finally:
-        stranger.kill()
-        stranger.communicate()
     assert record.outcome == "busy"
+    assert str(process.pid) in record.reason
     assert "waited 1 s" in record.reason
 
 
 def test_a_stranger_on_the_device_meanwhile_makes_the_trial_invalid(run, tmp_path):
-    started = []
-
-    def intrude():
-        while not (tmp_path / "work" / "heartbeat0.json").exists():
-            time.sleep(0.05)
-        started.append(occupy())
-
-    thread = threading.Thread(target=intrude)
-    thread.start()
-    try:
+    with stranger(tmp_path / "work" / "heartbeat0.json") as process:
         record = run("cuda_work")
-    finally:
-        thread.join()
-        for stranger in started:
-            stranger.kill()
-            stranger.communicate()
     assert record.outcome == "invalid"
-    assert str(started[0].pid) in record.reason
+    assert str(process.pid) in record.reason
