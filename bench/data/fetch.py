@@ -5,42 +5,24 @@ What is there and verified is never fetched again, and the network is not touche
 
 from __future__ import annotations
 
-import fcntl
-import glob
-import hashlib
-import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
 from bench.data import synthetic
+from bench.data.cache import CACHE_VARIABLE, Say, Slot, agree, alone, judge, sha256_of, slot_of
 from bench.data.download import AddressError, Patience, Progress, Unreachable, discard_part, download, writing
 from bench.data.formats import read_rows
 from bench.data.manifest import Manifest, describe, load_manifest, save_manifest
 from bench.data.sources import Source, resolve
 from bench.errors import BenchError, DataError, MachineError, UserError
-from bench.layout import file_name
-from bench.record import write_json
-
-CACHE_VARIABLE = "COATI_BENCH_CACHE"
-
-Say = Callable[[str], None]
 
 _log = logging.getLogger(__name__)
-
-
-def cache_folder(cache: Path | None = None) -> Path:
-    """Where data lies: `cache`, else the environment's COATI_BENCH_CACHE, else the user's cache folder."""
-    given = cache or os.environ.get(CACHE_VARIABLE) or platformdirs.user_cache_path("coati-bench")
-    return Path(given).expanduser().absolute()
 
 
 def fetch(
@@ -69,11 +51,11 @@ def fetch(
     if (path := source.local_path) is not None:
         return describe(path, source, path=path, origin=str(path), sha256=sha256_of(path), sha256_status="file of the user")
     accept = _checked_sha256(accept_sha256)
-    job = _Job(source=source, slot=_slot(source, cache), from_=from_, accept=accept, progress=progress, say=say, patience=patience)
+    job = _Job(source=source, slot=slot_of(source, cache), from_=from_, accept=accept, progress=progress, say=say, patience=patience)
     base = None
     if source.base is not None:
         base = fetch(source.base, from_=from_, cache=cache, accept_sha256=accept, progress=progress, say=say, patience=patience)
-    with _alone(job):
+    with alone(source, job.slot, say):
         return _present(job, base) or _obtain(job, base)
 
 
@@ -82,7 +64,7 @@ def verify(name: str | Source, *, cache: Path | None = None, folder: Path | None
     source = name if isinstance(name, Source) else resolve(name, folder)
     if source.local_path is not None:
         return fetch(source)
-    slot = _slot(source, cache)
+    slot = slot_of(source, cache)
     if not slot.path.exists() or not slot.manifest.exists():
         raise DataError(f"data {source.name!r} is not in {slot.path.parent}; `coati-bench data fetch {source.name}` brings it")
     manifest = load_manifest(slot.manifest)
@@ -99,58 +81,12 @@ def fetch_for_suite(target: Path, name: str, **options: Any) -> Manifest:
     return manifest
 
 
-def sha256_of(path: Path) -> str:
-    """sha256 of a file's bytes, in hex. Raises DataError if it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-# -- places --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Slot:
-    """Where one source's files lie in the cache."""
-
-    path: Path
-
-    def part(self, origin: str) -> Path:
-        """What has arrived from `origin`; one file each, so that trying a mirror does not lose what another sent."""
-        return self.path.with_name(f"{self.path.name}.{hashlib.sha256(origin.encode()).hexdigest()[:8]}.part")
-
-    @property
-    def parts(self) -> list[Path]:
-        """All of them that exist."""
-        return sorted(self.path.parent.glob(f"{glob.escape(self.path.name)}.*.part"))
-
-    @property
-    def manifest(self) -> Path:
-        return self.path.with_name(self.path.name + ".manifest.json")
-
-    @property
-    def unaccepted(self) -> Path:
-        """Whole content whose hash was not the expected one, kept for `--accept-sha256`."""
-        return self.path.with_name(self.path.name + ".unaccepted")
-
-    @property
-    def lock(self) -> Path:
-        """What this cache has agreed to take for the source's content."""
-        return self.path.parent.with_name(self.path.parent.name + ".lock.json")
-
-    @property
-    def guard(self) -> Path:
-        return self.path.parent.with_name(self.path.parent.name + ".guard")
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Job:
     """One call of `fetch`."""
 
     source: Source
-    slot: _Slot
+    slot: Slot
     from_: str | None
     accept: str | None
     progress: Progress | None
@@ -164,83 +100,6 @@ def _checked_sha256(given: str | None) -> str | None:
     return given and given.lower()
 
 
-def _slot(source: Source, cache: Path | None) -> _Slot:
-    stem = file_name(source.name)
-    if source.base is not None:
-        # Made from another set: two bases may differ only in letters that a path cannot have.
-        stem = f"{file_name(Path(source.file_name).stem)}-{hashlib.sha256(source.base.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
-    return _Slot(path=cache_folder(cache) / stem / source.file_name)
-
-
-@contextmanager
-def _alone(job: _Job) -> Iterator[None]:
-    """Keep other processes from fetching the same source meanwhile; the lock goes with the process, however it ends."""
-    guard = job.slot.guard
-    with writing(guard):
-        job.slot.path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(guard, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            job.say(f"{job.source.name}: another process is fetching it; waiting")
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
-# -- what is expected ----------------------------------------------------------------------------------------------
-
-
-def _agreed(job: _Job) -> dict[str, Any] | None:
-    try:
-        content = json.loads(job.slot.lock.read_text(encoding="utf-8"))
-        return content if isinstance(content["sha256"], str) else None
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError):
-        raise DataError(f"{job.slot.lock}: not a lock of a data set; remove it to accept what the source serves next") from None
-
-
-def _status(job: _Job, sha256: str) -> str:
-    """How `sha256` is known to be right. Raises DataError if it is not."""
-    source, expected = job.source, job.source.sha256
-    if source.sha256_verified and sha256 != expected:
-        raise DataError(f"data {source.name!r}: wrong content: sha256 {sha256}; published is {expected}")
-    if source.is_synthetic:
-        return "generated"
-    if source.sha256_verified:
-        return "published"
-    if job.accept is not None:
-        if sha256 != job.accept:
-            raise DataError(f"data {source.name!r}: wrong content: sha256 {sha256}; --accept-sha256 asked for {job.accept}")
-        return "accepted by the user"
-    if (agreed := _agreed(job)) is not None:
-        if sha256 != agreed["sha256"]:
-            raise DataError(
-                f"data {source.name!r}: not what was fetched before: sha256 {sha256}; {job.slot.lock} has {agreed['sha256']}"
-                f" (from {agreed.get('url')}, {agreed.get('date')}); if the change is right, --accept-sha256 {sha256}"
-            )
-        return str(agreed.get("status", "locked at the first fetch"))
-    if expected is None:
-        return "locked at the first fetch"
-    if sha256 != expected:
-        raise DataError(
-            f"data {source.name!r}: sha256 {sha256}; a mirror states {expected}, but upstream publishes none, so either may be the"
-            f" true one; look at the file, and if it is right, --accept-sha256 {sha256}"
-        )
-    return "stated by a mirror"
-
-
-def _agree(job: _Job, manifest: Manifest) -> None:
-    """Hold later fetches to this content, where the source itself does not."""
-    if job.source.sha256_verified or job.source.is_synthetic:
-        return
-    agreed = {"sha256": manifest.sha256, "bytes": manifest.bytes, "url": manifest.source, "date": manifest.fetched}
-    write_json({**agreed, "status": manifest.sha256_status}, job.slot.lock)
-
-
 # -- already here --------------------------------------------------------------------------------------------------
 
 
@@ -251,7 +110,7 @@ def _present(job: _Job, base: Manifest | None) -> Manifest | None:
         return None
     sha256 = sha256_of(slot.path)
     try:
-        status = _status(job, sha256)
+        status = judge(job.source, job.slot, sha256, job.accept)
     except DataError as error:
         job.say(f"{slot.path}: is not what it should be ({error}); fetching it again")
         return None
@@ -367,7 +226,7 @@ def _settle(job: _Job, found: Path, origin: str, base: Manifest | None) -> Manif
     """Judge the content of `found`, count its rows, give it its place, and write lock and manifest."""
     sha256 = sha256_of(found)
     try:
-        status = _status(job, sha256)
+        status = judge(job.source, job.slot, sha256, job.accept)
         manifest = describe(
             found,
             job.source,
@@ -381,7 +240,7 @@ def _settle(job: _Job, found: Path, origin: str, base: Manifest | None) -> Manif
         _set_aside(job, found)
         raise
     with writing(job.slot.path):
-        _agree(job, manifest)
+        agree(job.source, job.slot, manifest)
         _sync(found)
         parts = job.slot.parts
         found.replace(job.slot.path)

@@ -468,9 +468,10 @@ def test_the_first_fetch_locks_what_later_ones_must_match(server: Server, tmp_pa
     assert "wild.json" not in files(tmp_path)
 
 
-def test_a_lock_that_is_damaged_is_not_ignored(server: Server, tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"sha256": null}', '{"sha256": "none"}'])
+def test_a_lock_that_is_damaged_is_not_ignored(server: Server, tmp_path: Path, text: str) -> None:
     what = unpublished(f"{server.url}/wild.json")
-    (tmp_path / "wild.lock.json").write_text("{")
+    (tmp_path / "wild.lock.json").write_text(text)
     with pytest.raises(DataError, match="not a lock of a data set"):
         get(what, tmp_path)
 

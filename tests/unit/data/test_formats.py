@@ -16,8 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.data import formats
-from bench.data.formats import Rejected, guess_kind, raw_rows, read_rows
+from bench.data import raw as raw_values
+from bench.data.formats import Rejected, guess_kind, read_rows
+from bench.data.raw import raw_rows
 from bench.errors import DataError
 
 ROWS = [{"instruction": f"Ask {number}", "input": "", "output": f"Answer {number}"} for number in range(5)]
@@ -101,14 +102,14 @@ def test_any_text_survives_in_any_form(tmp_path_factory: pytest.TempPathFactory,
 def test_chunk_borders_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, encoding: str) -> None:
     path = save(tmp_path, ENCODINGS[encoding].replace(b"Ask 3", "问 3 🙂".encode()))
     whole = list(raw_rows(path))
-    monkeypatch.setattr(formats, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(raw_values, "CHUNK_BYTES", chunk)
     assert list(raw_rows(path)) == whole
     assert whole[3].value["instruction"] == "问 3 🙂"
 
 
 @pytest.mark.parametrize("chunk", range(1, 12))
 def test_a_number_is_not_cut_in_two_at_a_chunk_border(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(formats, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(raw_values, "CHUNK_BYTES", chunk)
     assert [raw.value for raw in raw_rows(save(tmp_path, "[123456789, 1234.5678, 42]"))] == [123456789, 1234.5678, 42]
 
 
@@ -253,7 +254,7 @@ def test_an_array_that_is_broken_is_told_with_its_line(tmp_path: Path, data: str
 def test_what_is_not_utf8_is_told_by_its_byte(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bytes, byte: int, line: int, chunk: int
 ) -> None:
-    monkeypatch.setattr(formats, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(raw_values, "CHUNK_BYTES", chunk)
     with pytest.raises(DataError, match=rf"not UTF-8 at byte {byte} \(0x[0-9a-f]{{2}}, line {line}\)"):
         read_rows(save(tmp_path, data), "instruct", rejected_share=1)
 
@@ -292,8 +293,8 @@ def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
 
 
 def test_a_line_without_end_is_refused_before_memory_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(formats, "LONGEST_ROW_BYTES", 10_000)
-    monkeypatch.setattr(formats, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(raw_values, "LONGEST_ROW_BYTES", 10_000)
+    monkeypatch.setattr(raw_values, "CHUNK_BYTES", 1000)
     with pytest.raises(DataError, match="line 1 is longer than 10000 bytes"):
         read_rows(save(tmp_path, '{"instruction": "' + "a" * 50_000), "instruct")
     with pytest.raises(DataError, match=r"cut off or broken after 0 rows|not a JSON array: after 0 rows"):
