@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -48,8 +49,10 @@ def measure_ceilings(device: torch.device | str) -> dict[str, Any]:
     """
     import torch
 
-    device, spread, notes = torch.device(device), {}, {}
-    rates = {}
+    device = torch.device(device)
+    spread: dict[str, float | None] = {}
+    notes: dict[str, str] = {}
+    rates: dict[str, float | None] = {}
     for dtype in DTYPES[device.type]:
         rates[dtype], spread[f"matrix {dtype}"] = _measured_matrix_rate(device, dtype, notes)
     copy_rate, spread["copy"] = copy_bandwidth(device)
@@ -136,11 +139,15 @@ def _links(device: torch.device, spread: dict[str, Any], notes: dict[str, str]) 
     import torch
 
     host, there = _bytes(LINK_BYTES, torch.device("cpu")).pin_memory(), _bytes(LINK_BYTES, device)
-    found = {}
+    found: dict[str, float | None] = {}
     for name, target, source in zip(names, (there, host), (host, there), strict=True):
-        seconds = timed(device, lambda _, target=target, source=source: target.copy_(source, non_blocking=True))
+        seconds = timed(device, partial(_move, target, source))
         found[name], spread[name.removesuffix("_bytes_per_second")] = LINK_BYTES / median(seconds), _spread(seconds)
     return found
+
+
+def _move(target: torch.Tensor, source: torch.Tensor, _: int) -> None:
+    target.copy_(source, non_blocking=True)
 
 
 def _bytes(count: int, device: torch.device) -> torch.Tensor:
@@ -282,8 +289,8 @@ def run(*, as_json: bool = False) -> str:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if ranks > 1:
-        bound = {"device_id": device} if device.type == "cuda" else {}
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **bound)
+        on_gpu = device.type == "cuda"
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
     try:
         found = measure_ceilings(device)
     finally:

@@ -16,6 +16,9 @@ look-up; the head once, tied or not; a scalar head is hidden x 1):
     A = 4 L d T c, attention scores and their product with the values, L layers, width d, T positions; c: `causal_share`
     generation with a KV cache, prompt P, response R: one forward over P, then R - 1 over one position each
 
+The head counts where it is computed: SFT and the ptx loss compute it only at positions that carry loss, PPO only at the response's;
+so a token of a prompt costs less than the formula's N says, and MFU is not raised by products that were never made.
+
 T enters as the mean length of the sequences counted. For sequences of unequal length that is a lower bound of the attention
 part (the mean of squares is not below the square of the mean). docs/flops.md shows what this was checked against.
 """
@@ -140,20 +143,25 @@ def decode_flops(network: Network, *, sequences: float, prompt: float, response:
 def step_flops(cell: Cell, shape: Shape, counts: Mapping[str, float]) -> dict[str, Flops]:
     """Operations by phase of the work that `counts` describes: one step (PPO: iteration), or a whole window, over all ranks.
 
-    `counts` has the keys of `Lap.counts`: tokens, padded_tokens, sequences; for PPO: prompt_tokens, response_tokens, sequences,
-    and with a ptx loss ptx_tokens, ptx_padded_tokens, ptx_sequences. KeyError if one is missing. Phases: forward and backward,
-    or those of PPO's clock (the ptx loss is part of policy_learn).
+    `counts` has the keys of `Lap.counts`: tokens, padded_tokens, sequences, and for SFT loss_tokens, the positions that the head
+    computes; for PPO: prompt_tokens, response_tokens, sequences, and with a ptx loss the four of SFT, each named ptx_. KeyError if one
+    is missing. Phases: forward and backward, or those of PPO's clock (the ptx loss is part of policy_learn).
     """
     if cell.stage == "ppo":
         return _ppo_flops(cell, shape, counts)
     network = Network(shape=shape, scalar_head=cell.stage == "rm", lora_rank=cell.lora_rank)
-    return _training(cell, network, *_batch(counts))
+    return _training(cell, network, *_batch(network, counts))
 
 
-def _batch(counts: Mapping[str, float], prefix: str = "") -> tuple[Sequences, Sequences]:
-    """Sequences as their real tokens, and as they were padded."""
+def _batch(network: Network, counts: Mapping[str, float], prefix: str = "") -> tuple[Sequences, Sequences]:
+    """Sequences as their real tokens, and as they were padded; a language-model head computes only the positions that carry loss."""
     count = counts[f"{prefix}sequences"]
-    real, padded = (Sequences(count=count, length=counts[f"{prefix}{unit}"] / max(count, 1)) for unit in ("tokens", "padded_tokens"))
+    per_sequence = 1.0 / max(count, 1)
+    heads = None if network.scalar_head else counts[f"{prefix}loss_tokens"] * per_sequence
+    real, padded = (
+        Sequences(count=count, length=counts[f"{prefix}{unit}"] * per_sequence, head_positions=heads)
+        for unit in ("tokens", "padded_tokens")
+    )
     return real, padded
 
 
@@ -191,7 +199,7 @@ def _ppo_flops(cell: Cell, shape: Shape, counts: Mapping[str, float]) -> dict[st
         "critic_learn": learn(critic, learned_scalar),
     }
     if cell.settings.ptx_coef > 0:
-        phases["policy_learn"] += learn(policy, _batch(counts, "ptx_"))
+        phases["policy_learn"] += learn(policy, _batch(policy, counts, "ptx_"))
     return phases
 
 
