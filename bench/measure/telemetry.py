@@ -19,6 +19,9 @@ FAST_SECONDS, SLOW_SECONDS = 0.05, 1.0
 SEARCH_SHARE = 0.05
 """Largest share of the thread's time for finding the ranks' processes: on a node with thousands of others that is slow."""
 
+WALK_SHARE = 0.01
+"""Largest share for shared pages: the kernel walks a rank's whole memory for it, and holds up the rank's own mapping meanwhile."""
+
 
 class Telemetry:
     """A thread that polls from `__enter__` to `__exit__`.
@@ -39,7 +42,7 @@ class Telemetry:
         self._slow: dict[str, _Slow] = {device.uuid: _Slow() for device in devices}
         self._host_peak = self._host_shared_peak = self._samples = 0
         self._found: list[int] = []
-        self._search_due = 0.0
+        self._search_due = self._walk_due = 0.0
         self._ours: set[int] = set()
         self._strangers: dict[int, int] = {}
         self._sees_ours = False
@@ -111,13 +114,20 @@ class Telemetry:
             self._search_due = end + (end - begin) / SEARCH_SHARE
         return self._found
 
+    def _walk(self, pids: list[int]) -> None:
+        begin = time.monotonic()
+        if begin >= self._walk_due:
+            self._host_shared_peak = max(self._host_shared_peak, sum(self._proportional(pid) or 0 for pid in pids))
+            end = time.monotonic()
+            self._walk_due = end + (end - begin) / WALK_SHARE
+
     def _sample_slow(self) -> None:
         seen = {pid for device in self._devices for pid in device.processes()}
         pids = self._search(now=True)
         self._sees_ours |= bool(seen & self._ours)
         for pid in seen - self._ours:
             self._strangers[pid] = self._strangers.get(pid, 0) + 1
-        self._host_shared_peak = max(self._host_shared_peak, sum(self._proportional(pid) or 0 for pid in pids))
+        self._walk(pids)
         for device in self._devices:
             self._slow[device.uuid].add(device)
 

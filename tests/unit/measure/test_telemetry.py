@@ -149,6 +149,23 @@ def test_host_memory_is_the_largest_sum_over_the_processes_of_the_ranks():
     assert (observed["host_peak_bytes"], observed["host_peak_proportional_bytes"]) == (150, 75)
 
 
+@pytest.mark.parametrize(("what", "slow_seconds"), [("walk", 0.002), ("search", 60.0)])
+def test_a_reading_that_is_dear_is_taken_seldom(monkeypatch, what, slow_seconds):
+    monkeypatch.setattr("bench.measure.telemetry.FAST_SECONDS", 0.001)
+    monkeypatch.setattr("bench.measure.telemetry.SLOW_SECONDS", slow_seconds)
+    calls = {"walk": 0, "search": 0}
+
+    def reading(name, result):
+        calls[name] += 1
+        if name == what:
+            threading.Event().wait(0.05)
+        return result
+
+    with Telemetry(lambda: reading("search", [1]), resident=lambda _: 1, proportional=lambda _: reading("walk", 1)) as telemetry:
+        read(telemetry, 40)
+    assert calls[what] <= 2 < telemetry.observed()["telemetry_samples"] / 10
+
+
 def test_without_a_device_its_memory_is_null_with_a_reason():
     with Ranks({1: 1}).telemetry() as telemetry:
         read(telemetry, 1)
