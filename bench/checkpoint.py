@@ -96,7 +96,7 @@ def tensor_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     for name, tensor in sorted(tensors, key=lambda item: item[0]):
         plain = tensor.detach().cpu().contiguous()
         digest.update(f"\n{name} {plain.dtype} {list(plain.shape)}\n".encode())
-        digest.update(memoryview(plain.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -236,7 +236,7 @@ def _check_whole(state: dict[str, torch.Tensor], config: PretrainedConfig, tied:
     _check_names("the state to save", {name: tuple(tensor.shape) for name, tensor in state.items()}, shapes)
 
 
-def _meta_model(config: PretrainedConfig) -> nn.Module:
+def _meta_model(config: PretrainedConfig) -> Any:
     """The causal language model of `config` without storage."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -346,9 +346,9 @@ def read_facts(folder: Path) -> dict[str, Any]:
 
 def _targets(module: nn.Module) -> dict[str, torch.Tensor]:
     """The tensors of `module` that a checkpoint fills, by stored name; adapters and tied heads are none."""
-    state = _canonical(dict(module.state_dict()), module.config)
-    weights, _ = _split_lora(state)
-    if module.config.tie_word_embeddings:
+    config: Any = module.config
+    weights, _ = _split_lora(_canonical(dict(module.state_dict()), config))
+    if config.tie_word_embeddings:
         weights.pop(LM_HEAD, None)
     return weights
 

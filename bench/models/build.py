@@ -179,9 +179,10 @@ def seeded(seed: int) -> Iterator[None]:
 
 def backbone(module: nn.Module) -> PreTrainedModel:
     """The transformers model inside `module`: a language model itself, a Scorer's backbone, through any wrappers."""
-    while not isinstance(module, PreTrainedModel):
-        module = module.model if isinstance(module, Scorer) else module.module
-    return module
+    inner: Any = module
+    while not isinstance(inner, PreTrainedModel):
+        inner = inner.model if isinstance(inner, Scorer) else inner.module
+    return inner
 
 
 def _hidden_size(config: PretrainedConfig) -> int:

@@ -115,7 +115,7 @@ def plain_adam() -> type[torch.optim.Optimizer]:
             super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
         @torch.no_grad()
-        def step(self, div_scale: float = -1.0) -> None:
+        def step(self, div_scale: float = -1.0) -> None:  # type: ignore[override]
             """Update every parameter that has a gradient."""
             for group in self.param_groups:
                 for parameter in group["params"]:

@@ -44,6 +44,7 @@ class GeminiEngine(Engine):
         from colossalai.booster import Booster
         from colossalai.zero.gemini import GeminiDDP
 
+        self.module: Any
         self._ranks, self._precision = dist.get_world_size(), cell.settings.precision
         self._booster = Booster(plugin=plugin)
         optimizer = _adam(trainable(module), cell, learning_rate)

@@ -84,7 +84,7 @@ class ReplicatedEngine(Engine):
 
         if self._masters:
             with torch.no_grad():
-                torch._foreach_copy_(self._parameters, self._masters)
+                torch._foreach_copy_(list[torch.Tensor](self._parameters), self._masters)
 
     def _zero(self) -> None:
         for tensor in [*self._parameters, *(self._masters or [])]:

@@ -20,7 +20,6 @@ from tests.contract.rank_harness import run_ranks
 
 import_colossalai()
 
-CPU = torch.device("cpu")
 SEQUENCES, LENGTH = 8, 12
 LEARNING_RATE = 1e-3
 
@@ -37,11 +36,15 @@ def make_cell(strategy: str, ranks: int, **changes: Any) -> Cell:
 def make_engine(cell: Cell, module: nn.Module | None = None) -> tuple[Strategy, Engine, nn.Module]:
     """Start the cell's strategy on this rank and lay out its model (or `module`)."""
     strategy = all_strategies()[cell.strategy]
-    strategy.start(cell, CPU)
+    strategy.start(cell, device_of(cell))
     if module is None:
         module = build_policy(trial_of(cell))
     add_lora(module, cell, seed=7)
-    return strategy, strategy.prepare(module, cell, CPU, learning_rate=LEARNING_RATE), module
+    return strategy, strategy.prepare(module, cell, device_of(cell), learning_rate=LEARNING_RATE), module
+
+
+def device_of(cell: Cell) -> torch.device:
+    return torch.device(cell.settings.device)
 
 
 def trial_of(cell: Cell) -> Trial:
@@ -53,7 +56,7 @@ def batch_BT(cell: Cell, micro_step: int) -> torch.Tensor:
     all_BT = torch.randint(3, 4000, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(1))
     size = cell.settings.micro_batch
     first = (micro_step * dist.get_world_size() + dist.get_rank()) * size
-    return all_BT[first : first + size]
+    return all_BT[first : first + size].to(device_of(cell))
 
 
 def token_loss(module: nn.Module, ids_BT: torch.Tensor) -> torch.Tensor:
@@ -65,7 +68,7 @@ def token_loss(module: nn.Module, ids_BT: torch.Tensor) -> torch.Tensor:
 
 def one_step(engine: Engine, cell: Cell, loss_of: Callable[[nn.Module, torch.Tensor], torch.Tensor] = token_loss) -> tuple[float, float]:
     """One optimizer step; returns its global loss and gradient norm."""
-    total = torch.zeros(())
+    total = torch.zeros((), device=device_of(cell))
     for micro_step in range(cell.accumulation):
         loss = loss_of(engine.module, batch_BT(cell, micro_step))
         engine.backward(loss, last=micro_step == cell.accumulation - 1)
@@ -125,7 +128,7 @@ def generate(cell: Cell) -> dict[str, Any]:
     _, engine, _ = make_engine(cell)
     one_step(engine, cell)
     engine.module.eval()
-    prompt_BT = torch.randint(3, 4000, (2, 5), generator=torch.Generator().manual_seed(2))
+    prompt_BT = torch.randint(3, 4000, (2, 5), generator=torch.Generator().manual_seed(2)).to(device_of(cell))
     with torch.no_grad():
         tokens_BT, cached = _greedy_cached(engine.module, prompt_BT, 4)
         whole_BTV = engine.module(input_ids=tokens_BT, attention_mask=torch.ones_like(tokens_BT)).logits
@@ -149,8 +152,8 @@ def _greedy_cached(module: nn.Module, prompt_BT: torch.Tensor, steps: int) -> tu
 def two_engines(cell: Cell, steps: int) -> dict[str, list[float]]:
     """A policy and a critic that train in turn, beside a frozen reference that both are scored against."""
     strategy, policy, _ = make_engine(cell)
-    critic = strategy.prepare(_critic(cell), cell, CPU, learning_rate=LEARNING_RATE)
-    reference = strategy.place_frozen(build_policy(trial_of(cell)), cell, CPU)
+    critic = strategy.prepare(_critic(cell), cell, device_of(cell), learning_rate=LEARNING_RATE)
+    reference = strategy.place_frozen(build_policy(trial_of(cell)), cell, device_of(cell))
     series: dict[str, list[float]] = {"policy": [], "critic": [], "reference": []}
     for _ in range(steps):
         with torch.no_grad():
@@ -196,9 +199,9 @@ def round_trip(cell: Cell, scorer: bool, folder: str) -> dict[str, float]:
     module = build_scorer(trial_of(cell), fresh_head=True, source="policy") if scorer else build_policy(trial_of(cell))
     facts = add_lora(module, cell, seed=7)
     strategy = all_strategies()[cell.strategy]
-    strategy.start(cell, CPU)
+    strategy.start(cell, device_of(cell))
     config = module.config
-    engine = strategy.prepare(module, cell, CPU, learning_rate=0.02)
+    engine = strategy.prepare(module, cell, device_of(cell), learning_rate=0.02)
     for _ in range(3):
         one_step(engine, cell, value_loss if scorer else token_loss)
     state = engine.full_state()
@@ -215,10 +218,11 @@ def round_trip(cell: Cell, scorer: bool, folder: str) -> dict[str, float]:
 
 
 def _outputs(module: nn.Module, scorer: bool) -> torch.Tensor:
-    ids_BT = torch.randint(3, 4000, (2, LENGTH), generator=torch.Generator().manual_seed(3))
+    device = next(module.parameters()).device
+    ids_BT = torch.randint(3, 4000, (2, LENGTH), generator=torch.Generator().manual_seed(3)).to(device)
     with torch.no_grad():
         output = module(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT))
-    return output if scorer else output.logits.float()
+    return (output if scorer else output.logits.float()).cpu()
 
 
 def overflow(cell: Cell) -> dict[str, Any]:
