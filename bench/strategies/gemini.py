@@ -96,6 +96,7 @@ class Gemini(Strategy):
     precisions = frozenset(PLUGIN_PRECISION) - {"fp32"}
     description = "ColossalAI Gemini: parameters, gradients and optimizer states in sharded chunks (ZeRO-3)"
     uses_colossalai = True
+    sharded = frozenset({"parameters", "gradients", "optimizer"})
 
     def forced_settings(self, cell: Cell) -> dict[str, Any]:
         """Gemini takes ColossalAI's Adam only; on a CPU an AdamW with the same arithmetic stands in."""

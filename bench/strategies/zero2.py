@@ -89,6 +89,7 @@ class Zero2(Strategy):
     precisions = frozenset(PLUGIN_PRECISION)
     description = "ColossalAI LowLevelZero stage 2: gradients and optimizer states in shards"
     uses_colossalai = True
+    sharded = frozenset({"gradients", "optimizer"})
 
     def unsupported(self, cell: Cell) -> str | None:
         """See `Strategy.unsupported`."""
