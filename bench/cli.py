@@ -117,7 +117,9 @@ def cell(target: Annotated[Path, typer.Argument(help="The file to make: results/
 
 @app.command()
 def trial(
-    trial_file: Annotated[Path, typer.Argument(metavar="TRIAL.json", help="A trial file, for example results/SUITE/logs/CELL/0/trial.json.")],
+    trial_file: Annotated[
+        Path, typer.Argument(metavar="TRIAL.json", help="A trial file, for example results/SUITE/logs/CELL/0/trial.json.")
+    ],
     record: Annotated[Path, typer.Option(help="Where the record goes.")],
 ) -> None:
     """Run one trial by hand, supervised, and leave its record."""

@@ -52,7 +52,15 @@ def _count(number: int, noun: str) -> str:
 def _stage_table(stage: str, cells: list[Cell]) -> Table:
     """Cells that differ in the LoRA rank only share a row."""
     table = Table(title=SPECS[stage].title, title_justify="left", box=None, pad_edge=False)
-    for column in ("model", "strategy", "nodes x processes", "precision", "batch = micro x ranks x accumulation", "launcher", "LoRA: state per rank"):
+    for column in (
+        "model",
+        "strategy",
+        "nodes x processes",
+        "precision",
+        "batch = micro x ranks x accumulation",
+        "launcher",
+        "LoRA: state per rank",
+    ):
         table.add_column(column)
     rows: dict[tuple[str, ...], list[str]] = {}
     for cell in cells:
@@ -89,7 +97,9 @@ def _print_inputs(console: Console, plan: Plan) -> None:
     on_cuda = [cell for cell in plan.cells.values() if cell.settings.device == "cuda"]
     if on_cuda:
         devices, nodes = max(cell.world_size for cell in on_cuda), max(cell.nodes for cell in on_cuda)
-        console.print(f"Needs at the most: {_count(devices, 'CUDA device')} on {_count(nodes, 'node')}; `coati-bench doctor` says what is here.")
+        console.print(
+            f"Needs at the most: {_count(devices, 'CUDA device')} on {_count(nodes, 'node')}; `coati-bench doctor` says what is here."
+        )
 
 
 def _print_skipped(console: Console, skipped: Iterable[Skipped]) -> None:

@@ -219,7 +219,9 @@ def _from_pydantic(error: ValidationError, prefix: str) -> list[Mistake]:
         path = prefix
         for part in item["loc"]:
             path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
-        problem = {"unexpected_keyword_argument": "unknown key", "missing": "missing", "missing_keyword_only": "missing"}.get(item["type"], item["msg"])
+        problem = {"unexpected_keyword_argument": "unknown key", "missing": "missing", "missing_keyword_only": "missing"}.get(
+            item["type"], item["msg"]
+        )
         mistakes.append(Mistake(path, problem, None if problem == "missing" else item["input"]))
     return mistakes
 
@@ -238,7 +240,11 @@ def _axes_seen(content: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
     places: list[tuple[str, Any]] = [("axes", content.get("axes"))]
     for key in ("include", "exclude"):
         places += [(f"{key}[{i}]", item) for i, item in enumerate(_listed(content.get(key) or []))]
-    places += [(f"overrides[{i}].when", item.get("when")) for i, item in enumerate(_listed(content.get("overrides") or [])) if isinstance(item, dict)]
+    places += [
+        (f"overrides[{i}].when", item.get("when"))
+        for i, item in enumerate(_listed(content.get("overrides") or []))
+        if isinstance(item, dict)
+    ]
     for place, mapping in places:
         if not isinstance(mapping, dict):
             continue
@@ -317,7 +323,11 @@ def _setting_mistakes(content: dict[str, Any], known: Known, folder: Path) -> li
 
 def _layer_mistakes(path: str, stage: str, settings: dict[str, Any]) -> list[Mistake]:
     names = tuple(field.name for field in dataclasses.fields(SETTINGS[stage]))
-    mistakes = [Mistake(f"{path}.{key}", f"unknown setting of {stage}, {_near_setting(key, names)}", settings[key]) for key in settings if key not in names]
+    mistakes = [
+        Mistake(f"{path}.{key}", f"unknown setting of {stage}, {_near_setting(key, names)}", settings[key])
+        for key in settings
+        if key not in names
+    ]
     try:
         validate_settings(stage, {key: value for key, value in settings.items() if key in names})
     except ValidationError as error:

@@ -80,7 +80,15 @@ def test_canonical_json_refuses_nan() -> None:
 
 @pytest.mark.parametrize(
     "bad",
-    [{"lora_rank": -1}, {"steps": 0}, {"precision": "fp8"}, {"learning_rate": float("inf")}, {"global_batch": "8"}, {"unknown": 1}, {"micro_batch": True}],
+    [
+        {"lora_rank": -1},
+        {"steps": 0},
+        {"precision": "fp8"},
+        {"learning_rate": float("inf")},
+        {"global_batch": "8"},
+        {"unknown": 1},
+        {"micro_batch": True},
+    ],
 )
 def test_a_bad_value_is_refused(bad: dict[str, object]) -> None:
     with pytest.raises(ValidationError):

@@ -88,7 +88,9 @@ def test_a_mistake_gets_a_text_exit_code_2_and_leaves_nothing(
 
 def test_a_bad_suite_is_told_every_mistake(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     suite = tmp_path / "bad.yaml"
-    suite.write_text("suite: bad\naxes: {stage: [sft], model: [bloom-tiny], strategy: [zero9], lora_rank: [-1], nodes: []}\n", encoding="utf-8")
+    suite.write_text(
+        "suite: bad\naxes: {stage: [sft], model: [bloom-tiny], strategy: [zero9], lora_rank: [-1], nodes: []}\n", encoding="utf-8"
+    )
     code, _, err = call(capsys, "plan", str(suite))
     assert code == 2
     for path in ("axes.strategy[0]", "axes.lora_rank[0]", "axes.nodes"):

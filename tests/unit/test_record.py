@@ -16,7 +16,17 @@ from bench.record import Lap, Part, Record, load_part, load_record, record_schem
 CELL = cell_from_json({"stage": "sft", "model": "bloom-tiny", "strategy": "naive", "steps": 2})
 LAP = Lap(first_step=0, steps=2, seconds=0.5, counts={"loss_tokens": 10})
 PART = Part(
-    rank=0, local_rank=0, node=0, world_size=1, hostname="h", pid=1, outcome="ok", phase="done", step=2, laps=[LAP], series={"loss": [2.0, 1.5]}
+    rank=0,
+    local_rank=0,
+    node=0,
+    world_size=1,
+    hostname="h",
+    pid=1,
+    outcome="ok",
+    phase="done",
+    step=2,
+    laps=[LAP],
+    series={"loss": [2.0, 1.5]},
 )
 
 
@@ -48,7 +58,12 @@ def test_the_parsed_cell_is_the_cell() -> None:
 
 @pytest.mark.parametrize(
     ("change", "where"),
-    [({"outcome": "crashed"}, "outcome"), ({"schema": "coati-bench/record/9"}, "schema"), ({"fingerprint": "x"}, "fingerprint"), ({"extra": 1}, "extra")],
+    [
+        ({"outcome": "crashed"}, "outcome"),
+        ({"schema": "coati-bench/record/9"}, "schema"),
+        ({"fingerprint": "x"}, "fingerprint"),
+        ({"extra": 1}, "extra"),
+    ],
 )
 def test_what_is_no_record_is_refused_with_the_place(tmp_path: Path, change: dict[str, object], where: str) -> None:
     save_record(record(), tmp_path / "0.json")

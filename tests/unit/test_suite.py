@@ -110,7 +110,11 @@ def test_a_setting_of_one_stage_only_does_not_fit_a_suite_with_others() -> None:
         ("1: 2\n", "a key is not text"),
         ("a: &x [*x]\n", "contains itself"),
         ("a: !!python/object/apply:os.system ['true']\n", "not YAML"),
-        ("a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(f"{x}: &{x} [{', '.join([f'*{y}'] * 10)}]\n" for y, x in zip("abcdefg", "bcdefgh", strict=True)), "aliases stand for"),
+        (
+            "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n"
+            + "".join(f"{x}: &{x} [{', '.join([f'*{y}'] * 10)}]\n" for y, x in zip("abcdefg", "bcdefgh", strict=True)),
+            "aliases stand for",
+        ),
         ("- just\n- a list\n", "a suite is a mapping"),
         ("", "a suite is a mapping"),
         ("a: " + "[" * 5000 + "]" * 5000, "nested too deeply"),
