@@ -31,7 +31,8 @@ localrules:
 
 
 rule all:
-    """The report of the whole suite."""
+    """The report of the whole suite, and every block: one that is missing is run even where a report exists."""
     default_target: True
     input:
         LAYOUT.report / "report.html",
+        TARGETS.all_blocks(),

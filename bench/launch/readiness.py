@@ -61,26 +61,39 @@ def _lacks_disk(plan: Plan, host: Host) -> list[str]:
 def forget_unfinished(plan: Plan, layout: Layout) -> list[str]:
     """Remove the files that say that something is finished when it is not any more; return what, in words.
 
-    Manifests whose data is gone, warm starts that are gone or failed and are asked for again, blocks whose records are gone.
-    Without that, Snakemake would take those files for the thing itself.
+    Blocks whose records are gone; and what a missing block needs: manifests whose data is gone, warm starts that failed or are
+    gone. Without that, Snakemake would take those files for the thing itself.
     """
     forgotten = []
-    for name in plan.data:
-        if _data_is_gone(layout.data(name)):
-            layout.data(name).unlink()
-            forgotten.append(f"data {name} is no longer where it was; it is fetched again")
     for block in plan.blocks:
         if layout.block(block.block_id).exists() and not _has_records(layout, block):
             layout.block(block.block_id).unlink()
             forgotten.append(f"records of block {block.block_id} are gone; it runs again")
     for warm in plan.warm:
         done = layout.warm(warm.key) / "done.json"
-        content = read_done(done)
-        failed = content is not None and content["outcome"] != "ok"
-        if content is not None and (_is_asked_for(plan, layout, warm.key) if failed else not (done.parent / "weights").is_dir()):
+        problem = _warm_problem(done)
+        if problem and _is_asked_for(plan, layout, warm.key):
             done.unlink()
-            forgotten.append(f"warm start {warm.key} {'failed and is asked for again' if failed else 'lost its weights'}; it is made again")
+            forgotten.append(f"warm start {warm.key} {problem}; it is made again")
+    for name in plan.data:
+        if _data_is_gone(layout.data(name)) and any(name in block.data for block in _missing(plan, layout)):
+            layout.data(name).unlink()
+            forgotten.append(f"data {name} is no longer where it was; it is fetched again")
     return forgotten
+
+
+def _missing(plan: Plan, layout: Layout) -> list[Block]:
+    return [block for block in plan.blocks if not layout.block(block.block_id).exists()]
+
+
+def _warm_problem(done: Path) -> str | None:
+    """Why a warm start that was made cannot be used, or None; one that was not made yet has no problem."""
+    content = read_done(done)
+    if content is None:
+        return "cannot be read" if done.exists() else None
+    if content["outcome"] != "ok":
+        return f"ended as {content['outcome']}"
+    return None if (done.parent / "weights").is_dir() else "lost its weights"
 
 
 def _data_is_gone(manifest: Path) -> bool:
@@ -103,7 +116,6 @@ def _has_records(layout: Layout, block: Block) -> bool:
 
 
 def _is_asked_for(plan: Plan, layout: Layout, key: str) -> bool:
-    """Whether something that begins from this warm start is still to be made."""
-    blocks = [block for block in plan.blocks if any(key in starts.values() for starts in block.starts.values())]
-    later = [warm.key for warm in plan.warm if key in warm.starts.values()]
-    return any(not layout.block(block.block_id).exists() for block in blocks) or any(_is_asked_for(plan, layout, other) for other in later)
+    """Whether a block that is still to be run begins from this warm start, or from one that begins from it."""
+    asked = any(key in starts.values() for block in _missing(plan, layout) for starts in block.starts.values())
+    return asked or any(_is_asked_for(plan, layout, warm.key) for warm in plan.warm if key in warm.starts.values())

@@ -142,8 +142,9 @@ def _snakemake_runs_here() -> bool:
 
 
 def _announce(suite: Path, plan: Plan, layout: Layout, follower: Follower) -> None:
-    trials = f"{len(plan.cells)} cells x {plan.trials} trial{'s' * (plan.trials > 1)} in {len(plan.blocks)} blocks"
-    say(f"{suite}: {trials}, {len(plan.skipped)} skipped; {follower.recorded_text()}")
+    numbers = {"cell": len(plan.cells), "trial": plan.trials, "block": len(plan.blocks)}
+    cells, trials, blocks = (f"{number} {name}{'s' * (number != 1)}" for name, number in numbers.items())
+    say(f"{suite}: {cells} x {trials} in {blocks}, {len(plan.skipped)} skipped; {follower.recorded_text()}")
     absent = [resolve(name) for name in plan.data if not layout.data(name).exists()]
     if absent:
         sizes = (f"{source.name} ({source.bytes / 1e6:,.0f} MB)" if source.bytes else source.name for source in absent)
