@@ -59,6 +59,8 @@ class Surroundings:
 
     positions: Callable[[Tensor], Tensor] | None = None
     """Attention mask -> position ids, for models that take them."""
+    new_cache: Callable[[], Any] = field(default=lambda: None)
+    """An empty KV cache of the kind that the model takes; None lets it make its own."""
     last_only: Callable[[int], AbstractContextManager[Any]] = field(default=lambda _: nullcontext())
     """Makes the model compute the logits of the last so many positions only."""
     phase: Callable[[str], AbstractContextManager[Any]] = field(default=lambda _: nullcontext())

@@ -6,6 +6,7 @@ it, in whatever mode the caller put it; neither needs a gradient.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,13 @@ from torch import Tensor, nn
 
 from bench.rollout.base import CHECK_EVERY, Rollout, Sampling, Surroundings, forward_arguments
 from bench.rollout.sampling import draw
+
+
+def cache_of(model: Any) -> Callable[[], Any]:
+    """What makes empty KV caches for a transformers model; older architectures (GPT-2) take none but their own."""
+    from transformers import DynamicCache
+
+    return DynamicCache if model._supports_cache_class else lambda: None
 
 
 class _Tape:
@@ -67,10 +75,8 @@ class CachedRollout:
 
     def _extend(self, tape: _Tape, ids: Tensor, cache: Any, uniforms_BR: Tensor) -> Any:
         """Feed `ids` behind what the cache holds, draw the next token, return the cache."""
-        from transformers import DynamicCache
-
         mask = tape.mask_BS[:, : tape.prompt + tape.written]
-        cache = DynamicCache() if cache is None else cache
+        cache = self._around.new_cache() if cache is None else cache
         with self._around.last_only(1):
             output = forward_arguments(self._module, ids, mask, self._around, past_key_values=cache, use_cache=True)
         tape.append(output.logits[:, -1], uniforms_BR[:, tape.written])

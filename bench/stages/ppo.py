@@ -22,12 +22,12 @@ from bench.data import collate
 from bench.data.draws import Draws
 from bench.errors import UserError
 from bench.measure.clock import PhaseClock
-from bench.models.build import build_tokenizer, position_ids
+from bench.models.build import backbone, build_tokenizer, position_ids
 from bench.rl import advantages as gae
 from bench.rl.kl import coati_sequence_kl, k1, k3
 from bench.rl.losses import policy_terms, token_entropies, value_terms
 from bench.rollout.base import Rollout, Sampling, Surroundings
-from bench.rollout.engines import CachedRollout
+from bench.rollout.engines import CachedRollout, cache_of
 from bench.rollout.sampling import uniform_numbers
 from bench.stages import sft
 from bench.stages.base import Place, StepReport
@@ -173,6 +173,7 @@ class Ppo:
         )
         around = Surroundings(
             positions=position_ids if policy.places else None,
+            new_cache=cache_of(backbone(policy.module)),
             last_only=policy.window.last,
             phase=self._clock.phase,
             beat=place.beat,
