@@ -12,11 +12,11 @@ help: ## list the targets
 install: ## make .venv from the hashed locks (a second call does nothing)
 	@$(PYTHON) envs/install.py
 
-quickstart: install ## three stages, several strategies, two models on the CPU, and a report: minutes
+quickstart: install ## three stages x four strategies x LoRA x nodes on the CPU, and a report: minutes
 	@echo "coati-bench run config/quickstart.yaml"
 	@$(VENV)/bin/coati-bench run config/quickstart.yaml
 
-reference: install ## the seed runs on a BLOOM-560m: needs an NVIDIA GPU
+reference: install ## the three reference commands, BLOOM-560m: needs a CUDA device
 	@echo "coati-bench run config/reference/bloom-560m.yaml"
 	@$(VENV)/bin/coati-bench run config/reference/bloom-560m.yaml
 

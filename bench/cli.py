@@ -101,21 +101,6 @@ def warm(target: Annotated[Path, typer.Argument(help="The file to make: results/
 
 
 @app.command()
-def cell(target: Annotated[Path, typer.Argument(help="The file to make: results/SUITE/cells/CELL.json.")]) -> None:
-    """Write one cell of a plan as a file. (Snakemake calls this.)"""
-    from bench.cell import cell_to_json
-    from bench.errors import UserError
-    from bench.layout import Layout
-    from bench.matrix import load_plan
-    from bench.record import write_json
-
-    found = load_plan(Layout(target.parent.parent).plan).cells.get(target.stem)
-    if found is None:
-        raise UserError(f"{target}: the plan has no such cell; see `coati-bench plan SUITE`")
-    write_json(cell_to_json(found), target)
-
-
-@app.command()
 def trial(
     trial_file: Annotated[
         Path, typer.Argument(metavar="TRIAL.json", help="A trial file, for example results/SUITE/logs/CELL/0/trial.json.")

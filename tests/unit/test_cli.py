@@ -70,7 +70,6 @@ def test_every_suite_of_the_project_can_be_planned(capsys: pytest.CaptureFixture
         (["data", "fetch", "no-such-data"], "no-such-data"),
         (["block", "results/none/blocks/none.json"], "no plan to be read"),
         (["warm", "results/none/warm/none/done.json"], "no plan to be read"),
-        (["cell", "results/none/cells/none.json"], "no plan to be read"),
         (["no-such-verb"], "No such command"),
         (["plan"], "Missing argument"),
     ],
