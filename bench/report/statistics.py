@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from math import ceil, comb, log, log2
 from statistics import median
@@ -76,6 +77,7 @@ def compare(ratios: Sequence[float]) -> Comparison:
     )  # fmt: skip
 
 
+@cache
 def _signs(n: int) -> np.ndarray:
     if n <= LARGEST_EXACT:
         return np.array(list(product((1.0, -1.0), repeat=n)))
