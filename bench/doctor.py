@@ -89,9 +89,9 @@ def _shared_memory(host: Host) -> list[str]:
 
 
 def _kernels(host: Host) -> list[str]:
-    needs = []
     if host.kernels:
-        return needs
+        return []
+    needs = []
     if host.nvcc is None:
         needs.append("nvcc of the CUDA toolkit that torch was built with (CUDA_HOME)")
     elif (cuda := host.versions.get("cuda")) and cuda.split(".")[0] != host.nvcc.split(".")[0]:
