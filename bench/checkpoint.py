@@ -14,14 +14,14 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import struct
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 from bench.errors import CheckpointError
+from bench.weights_file import Stored, listing, load_state_dict_file, pieces, read_header, stored_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -49,16 +49,6 @@ _NOT_HASHED_IN_CONFIG = ("_name_or_path", "transformers_version", "torch_dtype")
 # ---------------------------------------------------------------------------------------------------------------- hashes
 
 
-class _Stored(NamedTuple):
-    """Where one tensor of a safetensors file lies."""
-
-    file: Path
-    dtype: str
-    shape: list[int]
-    begin: int
-    end: int
-
-
 def checkpoint_sha256(folder: Path) -> str:
     """Hash of what a model folder holds: tensors (names, types, shapes, bytes), architecture and tokenizer; torch-free.
 
@@ -67,14 +57,14 @@ def checkpoint_sha256(folder: Path) -> str:
     """
     folder = Path(folder)
     digest, seen = hashlib.sha256(), False
-    tensors = _stored_tensors(sorted(folder.glob("*.safetensors")))
+    tensors = stored_tensors(sorted(folder.glob("*.safetensors")))
     for name in sorted(tensors):
         _hash_stored(digest, name, tensors[name])
         seen = True
     for path in [*sorted(folder.glob("*.bin")), *(folder / name for name in _TOKENIZER_FILES)]:
         if path.is_file():
             digest.update(f"\nfile {path.name}\n".encode())
-            for piece in _pieces(path, 0, path.stat().st_size):
+            for piece in pieces(path, 0, path.stat().st_size):
                 digest.update(piece)
             seen = True
     if (folder / "config.json").is_file():
@@ -83,65 +73,15 @@ def checkpoint_sha256(folder: Path) -> str:
         digest.update(b"\nconfig " + json.dumps(kept, sort_keys=True).encode())
     if not seen:
         raise CheckpointError(
-            f"{folder}: no checkpoint or tokenizer; seen: {_listing(folder)}; model.safetensors or tokenizer.json would be right"
+            f"{folder}: no checkpoint or tokenizer; seen: {listing(folder)}; model.safetensors or tokenizer.json would be right"
         )
     return digest.hexdigest()
 
 
-def tensor_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """Hash of named tensors: names, types, shapes and bytes, in the order of the names."""
-    import torch
-
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors, key=lambda item: item[0]):
-        plain = tensor.detach().cpu().contiguous()
-        digest.update(f"\n{name} {plain.dtype} {list(plain.shape)}\n".encode())
-        digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _hash_stored(digest: Any, name: str, tensor: _Stored) -> None:
+def _hash_stored(digest: Any, name: str, tensor: Stored) -> None:
     digest.update(f"\n{name} {tensor.dtype} {tensor.shape}\n".encode())
-    for piece in _pieces(tensor.file, tensor.begin, tensor.end):
+    for piece in pieces(tensor.file, tensor.begin, tensor.end):
         digest.update(piece)
-
-
-def _pieces(path: Path, begin: int, end: int, size: int = 1 << 24) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        file.seek(begin)
-        while begin < end:
-            piece = file.read(min(size, end - begin))
-            if not piece:
-                raise CheckpointError(f"{path}: cut off; seen: {begin} bytes; {end} or more would be right")
-            begin += len(piece)
-            yield piece
-
-
-def _stored_tensors(files: list[Path]) -> dict[str, _Stored]:
-    tensors: dict[str, _Stored] = {}
-    for path in files:
-        header, start = _header(path)
-        for name, item in header.items():
-            if name != "__metadata__":
-                begin, end = item["data_offsets"]
-                tensors[name] = _Stored(path, item["dtype"], item["shape"], start + begin, start + end)
-    return tensors
-
-
-def _header(path: Path) -> tuple[dict[str, Any], int]:
-    """Header of a safetensors file and where its data begin (format: 8 bytes length, JSON, data)."""
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > path.stat().st_size:
-                raise ValueError("its header is longer than the file")
-            return json.loads(file.read(length)), 8 + length
-    except (OSError, ValueError, struct.error) as error:
-        raise CheckpointError(f"{path}: no safetensors file; {error}; a complete one would be right") from None
-
-
-def _listing(folder: Path) -> str:
-    return ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "an empty folder" if folder.is_dir() else "no folder"
 
 
 # ------------------------------------------------------------------------------------------------------------------ save
@@ -318,8 +258,8 @@ def load_checkpoint(module: nn.Module, folder: Path, *, part: Literal["all", "ba
     folder = Path(folder)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise CheckpointError(f"{folder}: no weights; seen: {_listing(folder)}; a folder with {WEIGHTS} would be right")
-    stored = _stored_tensors(files)
+        raise CheckpointError(f"{folder}: no weights; seen: {listing(folder)}; a folder with {WEIGHTS} would be right")
+    stored = stored_tensors(files)
     targets = _targets(module)
     if part == "backbone":
         stored = {name: item for name, item in stored.items() if name not in (HEAD, LM_HEAD)}
@@ -387,9 +327,9 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
     if path.is_dir() or path.suffix == ".safetensors":
         files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
         if not files:
-            raise CheckpointError(f"{path}: no safetensors; seen: {_listing(path)}; a folder with {WEIGHTS} would be right")
-        shapes = {name: (item.dtype, item.shape) for name, item in _stored_tensors(files).items()}
-        metadata = {key: value for file in files for key, value in _header(file)[0].get("__metadata__", {}).items()}
+            raise CheckpointError(f"{path}: no safetensors; seen: {listing(path)}; a folder with {WEIGHTS} would be right")
+        shapes = {name: (item.dtype, item.shape) for name, item in stored_tensors(files).items()}
+        metadata = {key: value for file in files for key, value in read_header(file)[0].get("__metadata__", {}).items()}
         facts = json.loads(metadata["coati-bench"]) if "coati-bench" in metadata else {}
         described = _describe("safetensors", shapes)
         return {**described, "facts": facts, "sha256": checkpoint_sha256(path) if path.is_dir() else None}
@@ -415,22 +355,3 @@ def _product(shape: list[int]) -> int:
     for side in shape:
         size *= side
     return size
-
-
-def load_state_dict_file(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file that `torch.save` wrote. Raises CheckpointError if it is none or holds more than tensors."""
-    import pickle
-
-    import torch
-
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; a state dict (.pt) or a checkpoint folder would be right") from None
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: no state dict; {(str(error).splitlines() or ['empty'])[0]}; a file of torch.save would be right"
-        ) from None
-    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise CheckpointError(f"{path}: no state dict; seen: {type(content).__name__}; a dict of names and tensors would be right")
-    return content

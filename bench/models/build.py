@@ -19,10 +19,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.modeling_utils import no_init_weights
 
 from bench.cell import Cell
-from bench.checkpoint import load_checkpoint, tensor_digest
+from bench.checkpoint import load_checkpoint
 from bench.errors import UserError
 from bench.models.presets import PRESETS, model_problem
 from bench.models.tokenizer import load_tokenizer
+from bench.weights_file import tensor_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -87,13 +88,22 @@ def build_scorer(trial: Trial, *, fresh_head: bool, source: str) -> Scorer:
 
 
 def build_tokenizer(trial: Trial) -> PreTrainedTokenizerFast:
-    """The tokenizer of `trial`: its start `tokenizer`, else that beside its start `policy`, else the model's own."""
+    """The tokenizer of `trial`: its start `tokenizer`, else that beside its start `policy`, else the model's own.
+
+    Raises UserError if it has more tokens than the model has embeddings.
+    """
     cell = trial.parsed_cell
-    for start in (trial.start("tokenizer"), trial.start("policy")):
-        if start is not None and (Path(start.path) / "tokenizer.json").is_file():
-            return load_tokenizer(start.path)
-    name, revision = _source(cell)
-    return load_tokenizer(name, revision)
+    folders = [
+        start.path for role in ("tokenizer", "policy") if (start := trial.start(role)) and (Path(start.path) / "tokenizer.json").is_file()
+    ]
+    tokenizer = load_tokenizer(folders[0]) if folders else load_tokenizer(*_source(cell))
+    room = int(model_config(cell).vocab_size)
+    if len(tokenizer) > room:
+        raise UserError(
+            f"model {cell.model!r}: its vocabulary is smaller than the tokenizer's; seen: {len(tokenizer)} tokens for {room} embeddings; "
+            f"`tokenizer_vocabulary: {room}` or less would be right"
+        )
+    return tokenizer
 
 
 def _language_model(cell: Cell, *, replaced: bool) -> PreTrainedModel:

@@ -34,7 +34,8 @@ def convert_coati(
     Keys: sha256, kind, matched (tensors), lora (rank, 0 without; merged), left_out (name -> value of a head's bias). Raises
     CheckpointError with missing and unexpected names if it is not the whole model, and if no name matches at all.
     """
-    from bench.checkpoint import load_state_dict_file, save_checkpoint
+    from bench.checkpoint import save_checkpoint
+    from bench.weights_file import load_state_dict_file
 
     state = load_state_dict_file(source)
     head, bias = _take_head(state)

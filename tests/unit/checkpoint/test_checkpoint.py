@@ -22,12 +22,12 @@ from bench.checkpoint import (
     load_checkpoint,
     read_facts,
     save_checkpoint,
-    tensor_digest,
 )
 from bench.errors import CheckpointError
 from bench.models.build import add_lora, build_policy, build_scorer
 from bench.models.tokenizer import train_tokenizer
 from bench.trial import make_trial
+from bench.weights_file import tensor_digest
 
 TIED, UNTIED = ["bloom-tiny", "gpt2-tiny", "opt-tiny", "qwen2-tiny"], ["llama-tiny", "llama3-tiny", "mistral-tiny"]
 every_model = pytest.mark.parametrize("model", TIED + UNTIED)

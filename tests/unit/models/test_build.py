@@ -284,6 +284,12 @@ def test_the_tokenizer_is_that_of_the_start(tmp_path: Path) -> None:
         build_tokenizer(trial(starts=starts))
 
 
+def test_a_tokenizer_with_more_tokens_than_embeddings_is_told(tmp_path: Path) -> None:
+    train_tokenizer([f"w{k:x}{k * 7919:x}" for k in range(4000)], 5000, tmp_path)
+    with pytest.raises(UserError, match=r"\d+ tokens for 4096 embeddings; `tokenizer_vocabulary: 4096` or less would be right"):
+        build_tokenizer(trial(starts={"tokenizer": tmp_path}))
+
+
 def test_a_model_that_the_hub_serves_is_loaded_without_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     original = AutoModelForCausalLM.from_pretrained
