@@ -77,6 +77,7 @@ def run_forked(trial: Trial) -> list[Part]:
 def fork_ranks(trial: Trial) -> list[int]:
     """Run every rank of `trial` in a forked process; return the exit codes."""
     import torch
+    from peft.tuners.lora import bnb  # noqa: F401 (a second of imports, once instead of in every rank)
 
     import bench.worker
 
