@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from bench.report.analysis import Analysis, CellResult, RankedSet, memory_metric
 from bench.report.metrics import METRICS, primary_metric
+from bench.report.parity import NOTHING_TRAINED
 from bench.report.text import counted, listed, lora, number, shape
 from bench.stages.base import SPECS
 
@@ -35,7 +36,14 @@ class Answer:
 
 def sentences(analysis: Analysis) -> list[str]:
     """The headline, most important first."""
-    return [_what_ran(analysis), _whether_losses_agree(analysis), *_speed(analysis), *_bands(analysis), *_quality(analysis)]
+    return [
+        _what_ran(analysis),
+        *_idle(analysis),
+        _whether_losses_agree(analysis),
+        *_speed(analysis),
+        *_bands(analysis),
+        *_quality(analysis),
+    ]
 
 
 def _what_ran(analysis: Analysis) -> str:
@@ -46,15 +54,26 @@ def _what_ran(analysis: Analysis) -> str:
     if failed:
         parts.append(f"{sum(failed.values())} did not ({listed([f'{count} {name}' for name, count in failed.items()])})")
     if plan is not None:
-        parts.append(f"{counted(len(plan.skipped), 'cell was', 'cells were')} skipped as impossible")
+        parts.append(
+            f"{counted(len(plan.skipped), 'cell was', 'cells were')} skipped as impossible" if plan.skipped else "no cell was skipped"
+        )
     if analysis.inventory.missing:
         parts.append(f"{counted(len(analysis.inventory.missing), 'planned trial has', 'planned trials have')} no record")
     return f"{listed(parts)}."
 
 
+def _idle(analysis: Analysis) -> Iterator[str]:
+    """What looks fine and is not: trials in which nothing carried loss."""
+    idle = [analysis.trials[file].cell for file, parity in analysis.parities.items() if parity.reason == NOTHING_TRAINED]
+    if idle:
+        stages = listed([SPECS[stage].title for stage in SPECS if any(cell.stage == stage for cell in idle)])
+        what = counted(len(idle), "trial that ended ok", "trials that ended ok")
+        yield f"{what} trained nothing ({stages}): no token carried loss, so their losses say nothing and they are struck."
+
+
 def parity_states(analysis: Analysis) -> Counter[str]:
-    """How many ok trials have which parity verdict."""
-    return Counter(parity.state for parity in analysis.parities.values())
+    """How many ok trials have which parity verdict, those that trained nothing left out."""
+    return Counter(parity.state for parity in analysis.parities.values() if parity.reason != NOTHING_TRAINED)
 
 
 def _whether_losses_agree(analysis: Analysis) -> str:
@@ -67,7 +86,13 @@ def _whether_losses_agree(analysis: Analysis) -> str:
     rest = f" {counted(states['no partner'], 'trial has', 'trials have')} no partner to be compared with." if states["no partner"] else ""
     if not states["struck"]:
         return f"Losses agree: {_all(judged)} with naive within tolerance{tail}.{rest}"
-    which = sorted({analysis.trials[file].cell.strategy for file, parity in analysis.parities.items() if parity.state == "struck"})
+    which = sorted(
+        {
+            analysis.trials[file].cell.strategy
+            for file, parity in analysis.parities.items()
+            if parity.state == "struck" and parity.reason != NOTHING_TRAINED
+        }
+    )
     return (
         f"Losses do not all agree: {states['struck']} of {counted(judged, 'comparable trial')} ({listed(which)}) "
         f"{'is' if states['struck'] == 1 else 'are'} struck and not ranked.{rest}"

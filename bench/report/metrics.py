@@ -15,6 +15,7 @@ from typing import Any
 from bench.cell import SETTINGS, Cell
 from bench.record import Part, Record
 from bench.report.inventory import Row
+from bench.report.parity import NOTHING_TRAINED, trained_nothing
 from bench.report.windows import Window, cut_window, job_laps
 from bench.stages.base import SPECS
 
@@ -140,6 +141,8 @@ class Trial:
         total = window.total(unit)
         if total is None:
             raise NoValue(f"the laps do not count {unit}")
+        if total == 0:
+            raise NoValue(f"the window has no {unit}")
         padded = window.total("padded_tokens")
         if unit in ("loss_tokens", "tokens") and padded is not None and total > padded:
             raise NoValue(f"withheld: {total} {unit} are more than {padded} tokens with padding")
@@ -164,6 +167,8 @@ class Trial:
     def series(self, name: str) -> list[float]:
         """A series of the job; NoValue if there is none."""
         values = self.lead.series.get(name)
+        if name == "loss" and trained_nothing(self.record):
+            raise NoValue(NOTHING_TRAINED)
         if not values:
             raise NoValue(f"no series {name!r}")
         return values

@@ -26,7 +26,7 @@ SYMBOLS = {
 }
 STATE_WORDS = {
     "ok": "ran, losses not struck",
-    "struck": "ran, but losses differ from naive",
+    "struck": "ran, but the losses are struck",
     "failed": "a trial did not end ok",
     "skipped": "impossible, with a reason",
     "missing": "planned, no record",

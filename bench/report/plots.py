@@ -12,7 +12,7 @@ from markupsafe import Markup
 from bench.report.analysis import Analysis, CellResult, memory_metric
 from bench.report.inventory import BASELINE
 from bench.report.metrics import METRICS, NoValue, phase_means, primary_metric
-from bench.report.parity import FP32_CURVE, HALF_CURVE, deviations, losses
+from bench.report.parity import FP32_CURVE, HALF_CURVE, HALF_STEPS, deviations, losses
 from bench.report.svg import Bar, Change, Curve, bar_chart, change_chart, line_chart
 from bench.report.text import number, shape
 from bench.stages.base import SPECS
@@ -149,7 +149,7 @@ def _deviation_curves(analysis: Analysis, stage: str, results: Sequence[CellResu
 def _limits(members: Sequence[CellResult]) -> list[tuple[float, str]]:
     """The allowed deviations of the precisions among `members`."""
     partners = {item.single for result in members for item in result.parities if item.curve is not None}
-    known = {True: (FP32_CURVE, "allowed in fp32"), False: (HALF_CURVE, "allowed in 16 bits")}
+    known = {True: (FP32_CURVE, "allowed in fp32"), False: (HALF_CURVE, f"allowed in 16 bits, mean of {HALF_STEPS} steps")}
     return [known[single] for single in sorted(partners)]
 
 

@@ -220,7 +220,7 @@ def parity_cell(result: CellResult) -> TableCell:
     parity = result.parity
     if parity is None:
         return TableCell(DASH, hint="no ok trial with losses", kind="muted")
-    note = f"{parity.curve:.1e}" if parity.curve is not None else ""
+    note = "" if parity.curve is None else f"{parity.curve:.1e}" if parity.curve else "exact"
     if parity.partner_precision and parity.partner_precision != result.cell.settings.precision:
         note = f"{note} (naive in {parity.partner_precision})"
     kind = {"agrees": "good", "struck": "bad", "no partner": "muted"}.get(parity.state, "")

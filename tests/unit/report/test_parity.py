@@ -7,6 +7,7 @@ import pytest
 
 from bench.record import Input
 from bench.report.inventory import Row
+from bench.report.metrics import Trial
 from bench.report.parity import Parity, comparison_key, judge
 from tests.unit.report.trial_factory import make_cell, make_record, make_row, sha
 
@@ -50,7 +51,32 @@ def test_16_bits_compare_a_short_curve_in_a_wider_band() -> None:
     verdict = pair(apart, FLAT, "bf16-master")
     assert (verdict.state, verdict.steps) == ("agrees", 10)
     assert pair([2.0 * 1.03, *FLAT[1:]], FLAT, "bf16-master").state == "struck"
-    assert pair([2.0, 2.0 * 1.06, *FLAT[2:]], FLAT, "bf16-master").state == "struck"
+
+
+def test_16_bits_compare_the_mean_of_ten_steps_since_rounding_is_amplified() -> None:
+    swinging = [2.0, *[2.4, 1.6] * 4, 2.0, *[2.0] * 20]
+    assert pair(swinging, FLAT, "bf16-master").state == "agrees"
+    verdict = pair([2.0, *[2.12] * 9, *FLAT[10:]], FLAT, "bf16-master")
+    assert verdict.reason == "mean of 10 steps deviates by 5.4e-02; allowed 5e-02"
+
+
+def test_a_strategy_that_stopped_learning_is_struck_in_16_bits() -> None:
+    falling = [2.0 - 0.05 * step for step in range(30)]
+    assert pair(FLAT, falling, "bf16-master").state == "struck"
+
+
+def test_equal_losses_of_nothing_are_no_agreement() -> None:
+    rows = []
+    for name in ("naive", "zero2"):
+        row = with_losses(make_row(make_cell("sft", name)), [0.0] * 30)
+        laps = [dataclasses.replace(lap, counts={**lap.counts, "loss_tokens": 0}) for lap in row.record.parts[0].laps]
+        record = dataclasses.replace(row.record, parts=[dataclasses.replace(row.record.parts[0], laps=laps)])
+        rows.append(Row(record, row.cell, row.file))
+    verdicts = judge(rows)
+    assert {verdict.text for verdict in verdicts.values()} == {"struck: no token carried loss, so nothing was trained"}
+    trial = Trial(rows[0])
+    for name in ("loss_tokens_per_second", "first_loss", "final_loss"):
+        assert trial.values[name].number is None
 
 
 def test_16_bits_fall_back_on_naive_in_fp32_and_say_so() -> None:

@@ -281,6 +281,16 @@ def test_values_that_were_not_finite_are_told(tmp_path: Path) -> None:
     assert "Not finite in some steps, which ended no trial: gradient_norm." in text
 
 
+def test_trials_that_trained_nothing_stand_in_the_headline(tmp_path: Path) -> None:
+    records = []
+    for record in (make_record(make_cell("sft")), make_record(make_cell("sft", "ddp"))):
+        laps = [dataclasses.replace(lap, counts={"loss_tokens": 0, "tokens": 9, "padded_tokens": 9}) for lap in record.parts[0].laps]
+        records.append(dataclasses.replace(record, parts=[dataclasses.replace(record.parts[0], laps=laps)]))
+    text = text_of(report(suite_folder(tmp_path, records), tmp_path / "out"))
+    assert "2 trials that ended ok trained nothing (Supervised fine-tuning): no token carried loss" in text
+    assert "Losses agree" not in text
+
+
 def test_paths_are_cut_and_addresses_kept() -> None:
     assert without_paths("/a/b/c.py:3 and ./rel/x and https://example.org/a/b/c") == "…/c.py:3 and ./rel/x and https://example.org/a/b/c"
 

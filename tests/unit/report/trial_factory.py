@@ -121,7 +121,13 @@ def make_part(cell: Cell, rank: int, trial: int, *, seconds: float, noise: float
 
 def provenance(cell: Cell) -> dict[str, Any]:
     return {
-        "versions": {"python": "3.11.2", "torch": "2.13.0", "colossalai": "0.5.0", "transformers": "4.51.3", "triton": None},
+        "versions": {
+            "python": "3.11.2",
+            "torch": "2.13.0",
+            "colossalai": "0.5.0",
+            "a-long-name-that-nothing-breaks-on-a-phone-of-390-pixels": "1",
+            "triton": None,
+        },
         "source": {
             "commit": "0123abcd" * 5,
             "dirty_diff_sha256": None,
