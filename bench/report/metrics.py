@@ -445,10 +445,11 @@ def rollout_logprob_error(trial: Trial) -> float:
 def energy_joules(trial: Trial) -> float:
     """Energy that the devices used over the whole trial, start and evaluation included."""
     devices = trial.record.observed.get("devices")
-    values = [device.get("energy_joules") for device in devices.values() if isinstance(device, dict)] if isinstance(devices, dict) else []
-    if not values or None in values:
-        raise NoValue("no device counts its energy")
-    return float(sum(values))
+    found = [device.get("energy_joules") for device in devices.values() if isinstance(device, dict)] if isinstance(devices, dict) else []
+    values = [float(value) for value in found if isinstance(value, (int, float))]
+    if not values or len(values) < len(found):
+        raise NoValue("no device counts its energy" if not values else "not every device counts its energy")
+    return sum(values)
 
 
 # -- size --------------------------------------------------------------------------------------------------------

@@ -117,7 +117,7 @@ def _against_naive(row: Row, baselines: Sequence[Row]) -> Parity:
 
 
 def _compare(row: Row, partner: Row) -> Parity:
-    known = {"partner": partner.file, "partner_precision": precision_of(partner)}
+    known: dict[str, Any] = {"partner": partner.file, "partner_precision": precision_of(partner)}
     other = _other_start(row.record, partner.record)
     if other:
         chained = row.cell.settings.warm_start == "chain"

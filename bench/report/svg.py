@@ -45,7 +45,7 @@ def nice_ticks(low: float, high: float, about: int = 5) -> list[float]:
     """Round numbers that span `low` to `high`.
 
     >>> nice_ticks(0, 9.3)
-    [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]
+    [0.0, 2.5, 5.0, 7.5, 10.0]
     """
     span = (high - low) or abs(high) or 1.0
     raw = span / max(about - 1, 1)
@@ -102,11 +102,11 @@ def line_chart(
     horizontal = Axis(nice_ticks(min(xs), max(xs), 6), LEFT, WIDTH - RIGHT)
     vertical = Axis(log_ticks(min(ys), max(ys)) if log else nice_ticks(min(ys), max(ys)), HEIGHT - BOTTOM, TOP, log)
     body = [_grid(horizontal, vertical, x_label, y_label)]
+    body += [_line(curve, horizontal, vertical) for curve in curves]
     for value, words in limits:
         y = vertical(value)
         body.append(f'<line class="limit" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         body.append(f'<text class="limit-text" x="{WIDTH - RIGHT}" y="{y - 4:.1f}" text-anchor="end">{escape(words)}</text>')
-    body += [_line(curve, horizontal, vertical) for curve in curves]
     return _svg(body, HEIGHT, title)
 
 
