@@ -2,8 +2,9 @@
 
 
 rule report:
-    """Make the report from the records that the blocks left."""
+    """Make the report from the plan and the records that the blocks left."""
     input:
+        LAYOUT.plan,
         TARGETS.all_blocks(),
     output:
         report(LAYOUT.report / "report.html", caption="captions/report.rst", category="Comparison"),

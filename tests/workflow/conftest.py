@@ -19,9 +19,9 @@ PROGRAM = Path(sys.executable).with_name("coati-bench")
 SUITE = """
 suite: tiny
 axes: {{stage: [sft], model: [bloom-tiny], strategy: [{strategies}]}}
-settings: {{device: cpu, launcher: fork, precision: fp32, tokenizer_vocabulary: 320, rows: 80, held_out_rows: 8, lap_steps: 1}}
+settings: {{device: cpu, launcher: fork, precision: fp32, tokenizer_vocabulary: 1024, rows: 80, held_out_rows: 8, lap_steps: 1}}
 stages:
-  sft: {{steps: {steps}, micro_batch: 2, global_batch: 2, sequence_length: 16, learning_rate: 1e-3}}
+  sft: {{steps: {steps}, micro_batch: 2, global_batch: 2, sequence_length: 128, learning_rate: 1e-3}}
 overrides: [{overrides}]
 """
 

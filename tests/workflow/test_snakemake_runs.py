@@ -76,6 +76,18 @@ def test_a_changed_comment_in_the_suite_repeats_nothing(finished: Any) -> None:
     assert "Nothing to do" in finished.run().stdout
 
 
+def test_the_lock_of_a_snakemake_that_was_killed_is_cleared(finished: Any) -> None:
+    lock = finished.path / ".snakemake" / "locks" / "0.output.lock"
+    lock.parent.mkdir(exist_ok=True)
+    lock.write_text("results/tiny/report/report.html\n", encoding="utf-8")
+    (finished.layout.report / "report.html").unlink()
+    locked = finished.snakemake(snakefile=ROOT / "Snakefile")
+    assert "LockException" in locked.stdout
+    done = finished.run()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (finished.layout.report / "report.html").exists()
+
+
 def test_the_workflow_makes_snakemakes_own_report_too(finished: Any) -> None:
     done = finished.snakemake("--report", "snakemake.html", snakefile=ROOT / "Snakefile")
     assert done.returncode == 0, done.stdout
@@ -125,17 +137,18 @@ def test_a_run_that_was_stopped_leaves_no_process_and_goes_on_where_it_was(
     folder.write(strategies="naive, ddp, zero2", steps=60)
     driver = folder.start()
     try:
-        assert until(folder.records, 90), driver.communicate(timeout=5)
+        assert until(folder.layout.plan.exists, 60)
         second = folder.run()
         assert second.returncode == 3
         assert f"this suite is being run already; seen: process {driver.pid} on" in second.stderr
+        assert until(folder.records, 90)
         below = psutil.Process(driver.pid).children(recursive=True)
-        assert len(below) > 3
+        assert any("block" in process.cmdline() for process in living(below))
         driver.send_signal(number)
         output, _ = driver.communicate(timeout=60)
     finally:
         driver.kill()
-        driver.wait()
+        driver.communicate()
     assert until(lambda: not living(below), 30), living(below)
     assert driver.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 130)
     if number == signal.SIGINT:
