@@ -260,9 +260,13 @@ def join_group(device: torch.device, silence_seconds: float) -> None:
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, value)
     os.environ.setdefault("MASTER_PORT", _free_port())
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    arguments = {"device_id": device} if device.type == "cuda" else {}
-    dist.init_process_group(backend, init_method="env://", timeout=timedelta(seconds=max(60.0, silence_seconds)), **arguments)
+    on_gpu = device.type == "cuda"
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        init_method="env://",
+        timeout=timedelta(seconds=max(60.0, silence_seconds)),
+        device_id=device if on_gpu else None,
+    )
 
 
 def _free_port() -> str:

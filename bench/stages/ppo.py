@@ -91,11 +91,11 @@ def make_experience(rollout: Rollout, scored: Scored, cell: Cell) -> tuple[Exper
             mask_NR,
             kl_coef=settings.kl_coef,
             reward_clip=settings.reward_clip,
-        )  # fmt: skip (30) (31)
+        )  # fmt: skip (29) (30)
         advantages_NR, returns_NR = gae.generalised_advantages(
             rewards_NR, scored.values_nR, mask_NR, gamma=settings.gamma, lam=settings.gae_lambda
-        )  # (32)
-        if settings.whiten_advantages:  # (33)
+        )  # (31)
+        if settings.whiten_advantages:  # (32)
             advantages_NR = gae.whiten(advantages_NR, mask_NR, gae.moments(gae.power_sums(advantages_NR, mask_NR)))
     experience = Experience(rollout.ids_BS, rollout.mask_BS, mask_NR, scored.logp_nR, scored.values_nR, advantages_NR, returns_NR)
     return experience, observe(rollout, scored, returns_NR)
@@ -109,7 +109,7 @@ def coati_advantages(scored: Scored, mask_NR: Tensor, kl_coef: float) -> tuple[T
 
 
 def observe(rollout: Rollout, scored: Scored, returns_NR: Tensor) -> dict[str, Tensor]:
-    """Values of the iteration for the record; (36) KL is the k3 estimate."""
+    """Values of the iteration for the record; (35) KL is the k3 estimate."""
     mask_NR = rollout.response_mask_BR
     tokens, sequences = mask_NR.sum(), mask_NR.shape[0]
     kl = (k3(scored.logp_nR, scored.reference_logp_nR) * mask_NR).sum()
@@ -121,12 +121,12 @@ def observe(rollout: Rollout, scored: Scored, returns_NR: Tensor) -> dict[str, T
         "entropy": (scored.entropy_nR * mask_NR).sum() / tokens,
         "response_tokens": tokens / sequences,
         "explained_variance": gae.explained_variance(errors, returns),
-        "rollout_logprob_error": ((rollout.logp_BR - scored.logp_nR).abs() * mask_NR).max(),  # (37)
+        "rollout_logprob_error": ((rollout.logp_BR - scored.logp_nR).abs() * mask_NR).max(),  # (36)
     }
 
 
 def loss_weights(mask_GR: Tensor, *, by_sequence: bool) -> Tensor:
-    """(34) Weight of each response token in the losses of a step; they sum to 1 over the step's sequences, of all ranks.
+    """(33) Weight of each response token in the losses of a step; they sum to 1 over the step's sequences, of all ranks.
 
     Every token weighs the same; `by_sequence` (old semantics): every sequence does.
     """
@@ -146,7 +146,7 @@ class Ppo:
         settings = self._settings = self._cell.settings
         self.total = settings.iterations
         scale = place.world_size if settings.scaling == "weak" else 1
-        self._num_prompts = settings.prompts_per_iteration * scale  # (22)
+        self._num_prompts = settings.prompts_per_iteration * scale  # (21)
         check_batches(self._cell, self._num_prompts, place.world_size)
         self._own = self._num_prompts // place.world_size
         self._steps = settings.ppo_epochs * (self._num_prompts // self._cell.step_batch)
@@ -154,7 +154,7 @@ class Ppo:
         self._fill = collate.padding_id(self._tokenizer)
         split = read_split(trial, "prompts")
         self._order = collate.RowOrder(len(split.train), batch=self._num_prompts, seed=trial.seed)
-        self._prompts = collate.encode_prompts(split.train, self._tokenizer, settings.prompt_length, place.beat)  # (23)
+        self._prompts = collate.encode_prompts(split.train, self._tokenizer, settings.prompt_length, place.beat)  # (22)
         self._held_out = collate.encode_prompts(split.held_out, self._tokenizer, settings.prompt_length, place.beat)
         self._ptx = PtxRows(trial, self._tokenizer, place) if settings.ptx_coef > 0 else None
         self._models = build_models(trial, strategy, place)
@@ -190,7 +190,7 @@ class Ppo:
         slots = range(place.rank * self._own, (place.rank + 1) * self._own)
         rows = self._order.rows(index)
         prompts = [self._prompts[rows[slot]] for slot in slots]
-        noise_nR = uniform_numbers(self._trial.seed, f"iteration:{index}", slots, self._settings.response_length)  # (25)
+        noise_nR = uniform_numbers(self._trial.seed, f"iteration:{index}", slots, self._settings.response_length)  # (24)
         self._train_mode(False)
         rollout = self._roll_out(prompts, noise_nR)
         scored = self._score(rollout)
@@ -205,6 +205,7 @@ class Ppo:
             "prompt_tokens": sum(map(len, prompts)),
             "response_tokens": int(experience.response_mask_NR[slots.start : slots.stop].sum()),
             "learned_tokens": int(learned),
+            **(self._ptx.take_work() if self._ptx else {}),
         }
         totals = {name: sum(step.pop(name) for step in steps) / len(steps) for name in MEANS}
         extremes = {name: steps[0].pop(name) for name in FIRST}
@@ -213,14 +214,14 @@ class Ppo:
         )
 
     def _train_mode(self, on: bool) -> None:
-        """(38) Dropout is 0 in all models, so the modes differ only in activation checkpointing, which has no KV cache."""
+        """(37) Dropout is 0 in all models, so the modes differ only in activation checkpointing, which has no KV cache."""
         self._models.policy.module.train(on)
         self._models.critic.module.train(on)
 
     def _roll_out(self, prompts: Sequence[Sequence[int]], noise_nR: Tensor) -> Rollout:
         """Responses of this rank to `prompts`, all in one batch."""
         device = self._place.device
-        padded = collate.pad_left(prompts, self._fill, self._settings.prompt_length)  # (24)
+        padded = collate.pad_left(prompts, self._fill, self._settings.prompt_length)  # (23)
         ids_nP, mask_nP, noise_nR = (collate.to_device(tensor, device) for tensor in (*padded, noise_nR))
         return self._engine.generate(ids_nP, mask_nP, noise_nR)
 
@@ -254,7 +255,7 @@ class Ppo:
         steps: list[dict[str, Any]] = []
         learned = torch.zeros((), device=self._place.device)
         for epoch in range(self._settings.ppo_epochs):
-            order = Draws(f"experience:{self._trial.seed}:{index}:{epoch}").permutation(self._num_prompts)  # (35)
+            order = Draws(f"experience:{self._trial.seed}:{index}:{epoch}").permutation(self._num_prompts)  # (34)
             for start in range(0, self._num_prompts, self._cell.step_batch):
                 rows = order[start : start + self._cell.step_batch]
                 values, tokens = self._step(experience, rows, index * self._steps + len(steps), first=not steps)
@@ -283,7 +284,7 @@ class Ppo:
         }  # fmt: skip
         if first:
             values |= {"first_ratio_error": max_over_ranks(largest, place), "first_approximate_kl": approximate_kl}
-        return values, sum(micro.response_mask_NR.sum() for micro, _ in micros)
+        return values, torch.stack([micro.response_mask_NR.sum() for micro, _ in micros]).sum()
 
     def _set_rates(self, number: int) -> tuple[float, float]:
         """Learning rates of policy and critic at optimizer step `number` of the trial."""
@@ -302,10 +303,10 @@ class Ppo:
         ptx = self._ptx.micro_batches(number) if self._ptx else [None] * len(micros)
         for number_done, ((micro, weights_BR), ptx_batch) in enumerate(zip(micros, ptx, strict=True), 1):
             logp_BR, _ = models.policy_reader.logprobs(micro.ids_NS, micro.mask_NS, micro.logp_NR.shape[1])
-            terms_BR, clipped_BR = policy_terms(logp_BR, micro.logp_NR, micro.advantages_NR, settings.policy_clip)  # (39)
+            terms_BR, clipped_BR = policy_terms(logp_BR, micro.logp_NR, micro.advantages_NR, settings.policy_clip)  # (38)
             policy_loss = (terms_BR * weights_BR).sum()
             ptx_loss = self._ptx.loss(models.policy_reader, *ptx_batch) if self._ptx and ptx_batch else torch.zeros_like(policy_loss)
-            loss = (1.0 - settings.ptx_coef) * policy_loss + settings.ptx_coef * ptx_loss  # (41)
+            loss = (1.0 - settings.ptx_coef) * policy_loss + settings.ptx_coef * ptx_loss  # (40)
             models.policy.backward(loss, last=number_done == len(micros))
             log_ratio_BR = (logp_BR.detach() - micro.logp_NR) * micro.response_mask_NR
             means = ((clipped_BR * weights_BR).sum(), (k3(micro.logp_NR, logp_BR.detach()) * weights_BR).sum())
@@ -320,7 +321,7 @@ class Ppo:
         for number_done, (micro, weights_BR) in enumerate(micros, 1):
             values_BR = self._models.critic_reader.values(micro.ids_NS, micro.mask_NS, micro.logp_NR.shape[1])
             terms_BR = value_terms(values_BR, micro.values_NR, micro.returns_NR, self._settings.value_clip)
-            loss = (terms_BR * weights_BR).sum() * (1.0 if coati else 0.5)  # (40)
+            loss = (terms_BR * weights_BR).sum() * (1.0 if coati else 0.5)  # (39)
             self._models.critic.backward(loss, last=number_done == len(micros))
             total += loss.detach()
             self._place.beat()
@@ -333,7 +334,7 @@ class Ppo:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Reward, KL and response tokens on the held-out prompts, with the same noise every time (42)."""
+        """Reward, KL and response tokens on the held-out prompts, with the same noise every time (41)."""
         place, prompts = self._place, self._held_out
         totals = torch.zeros(3, dtype=torch.float64, device=place.device)
         self._train_mode(False)
@@ -381,6 +382,12 @@ class PtxRows:
         self._sequences = collate.encode_instruct(rows, tokenizer, settings.sequence_length, place.beat)
         self._order = collate.RowOrder(len(rows), batch=self._cell.step_batch, seed=trial.seed)
         self._fill = collate.padding_id(tokenizer)
+        self._work: dict[str, int] = {}
+
+    def take_work(self) -> dict[str, int]:
+        """What this rank computed since the last call, under the names of SFT's counts with `ptx_` in front."""
+        work, self._work = self._work, {}
+        return {f"ptx_{name}": count for name, count in work.items()}
 
     def micro_batches(self, step: int) -> Iterator[tuple[sft.Batch, int]]:
         """Yield the micro-batches of this rank in a step of as many rows as PPO has sequences, and what their losses are divided by."""
@@ -389,6 +396,7 @@ class PtxRows:
         micros = collate.micro_steps(rows, rank=place.rank, world=place.world_size, micro=self._cell.settings.micro_batch)
         for members in micros:
             batch = sft.collate_batch([self._sequences[row] for row in members], self._fill, place.device)
+            sft.count(self._work, batch)
             yield batch, sft.loss_denominator(self._cell, batch, step_tokens, len(rows) // len(members))
 
     @staticmethod

@@ -31,9 +31,9 @@ class LanguageModel(NamedTuple):
 
     def logprobs(self, ids_BS: Tensor, mask_BS: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Log-probability of each response token (0 behind its end), and the logits they come from."""
-        logits_BRV = self.reader.logits(ids_BS, mask_BS, slice(-length - 1, -1))  # (27)
+        logits_BRV = self.reader.logits(ids_BS, mask_BS, slice(-length - 1, -1))  # (26)
         targets_BR = ids_BS[:, -length:].masked_fill(mask_BS[:, -length:] == 0, NO_LOSS)
-        return token_logprobs(logits_BRV, targets_BR, temperature=self.temperature), logits_BRV  # (26)
+        return token_logprobs(logits_BRV, targets_BR, temperature=self.temperature), logits_BRV  # (25)
 
 
 class ScoreModel(NamedTuple):
@@ -50,11 +50,11 @@ class ScoreModel(NamedTuple):
         return self.module(input_ids=ids_BS, attention_mask=mask_BS, **places).float()
 
     def rewards(self, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
-        """(28) Score of each sequence, as the reward model was trained to give it."""
+        """(27) Score of each sequence, as the reward model was trained to give it."""
         return sequence_scores(self.scores(ids_BS, mask_BS), mask_BS, padded_mean="rm-mean-over-padded-positions" in self.coati)
 
     def values(self, ids_BS: Tensor, mask_BS: Tensor, length: int) -> Tensor:
-        """(29) Value before each response token, BR. Old semantics: one value, the mean over the prompt's tokens, at all of them."""
+        """(28) Value before each response token, BR. Old semantics: one value, the mean over the prompt's tokens, at all of them."""
         scores_BS = self.scores(ids_BS, mask_BS)
         if "ppo-sequence-reward-without-gae" in self.coati:
             value_B = masked_mean(scores_BS[:, :-length], mask_BS[:, :-length])
@@ -77,7 +77,7 @@ class Models(NamedTuple):
 
 
 def build_models(trial: Trial, strategy: Strategy, place: Place) -> Models:
-    """(20) Policy and reference from the start `policy`; (21) critic and reward model from the start `reward`, or with a fresh head."""
+    """(19) Policy and reference from the start `policy`; (20) critic and reward model from the start `reward`, or with a fresh head."""
     cell = trial.parsed_cell
     settings, switches = cell.settings, frozenset(cell.semantics_switches)
     policy = build_policy(trial)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from bench.cell import Cell
 from bench.checkpoint import save_checkpoint
 from bench.data import collate
+from bench.errors import DataError
 from bench.models.build import accepts_position_ids, add_lora, build_policy, build_tokenizer, counts, initial_sha256
 from bench.rl.losses import token_logprobs
 from bench.rollout.head import HeadWindow
@@ -50,11 +51,9 @@ def collate_batch(sequences: Sequence[collate.Tokens], fill: int, device: torch.
     """
     padded = collate.pad_right([sequence.ids for sequence in sequences], fill)
     places = collate.loss_places(sequences, padded.ids_BT.shape[1])
-    return Batch(
-        *(collate.to_device(tensor, device) for tensor in (*padded, *places)),
-        loss_tokens=sum(sequence.loss_tokens for sequence in sequences),
-        tokens=sum(len(sequence.ids) for sequence in sequences),
-    )
+    tensors = [collate.to_device(tensor, device) for tensor in (*padded, *places)]
+    loss_tokens, tokens = (sum(counts) for counts in zip(*((one.loss_tokens, len(one.ids)) for one in sequences), strict=True))
+    return Batch(tensors[0], tensors[1], tensors[2], tensors[3], loss_tokens, tokens)
 
 
 def token_losses(reader: Reader, batch: Batch) -> Tensor:
@@ -73,6 +72,16 @@ def loss_denominator(cell: Cell, batch: Batch, step_tokens: int, num_micro_batch
     return max(1, step_tokens)
 
 
+def check_responses(sequences: Sequence[collate.Tokens], length: int) -> None:
+    """Raise DataError if most responses were cut off: a loss over hardly any token would look like perfect agreement."""
+    without = sum(sequence.loss_tokens == 0 for sequence in sequences)
+    if without > len(sequences) / 2:
+        raise DataError(
+            f"{without} of {len(sequences)} training sequences have no response token left: sequence_length {length} cuts them inside the "
+            "prompt; a longer sequence_length is needed"
+        )
+
+
 class Sft:
     """The stage on one rank; see `bench.stages.base.Stage`."""
 
@@ -88,6 +97,7 @@ class Sft:
         encoded = collate.encode_instruct(
             [split.train[row] for row in used], self._tokenizer, settings.sequence_length, place.beat
         )  # (1) (2)
+        check_responses(encoded, settings.sequence_length)
         self._sequences = dict(zip(used, encoded, strict=True))
         self._held_out = collate.encode_instruct(split.held_out, self._tokenizer, settings.sequence_length, place.beat)
         policy = build_policy(trial)
@@ -108,7 +118,7 @@ class Sft:
         rows = self._order.rows(index)
         step_tokens = sum(self._sequences[row].loss_tokens for row in rows)
         loss = torch.zeros((), device=place.device)
-        work = {"loss_tokens": 0, "tokens": 0, "padded_tokens": 0, "sequences": 0}
+        work: dict[str, int] = {}
         micros = collate.micro_steps(rows, rank=place.rank, world=place.world_size, micro=settings.micro_batch)  # (6)
         for micro, members in enumerate(micros, 1):
             batch = collate_batch([self._sequences[row] for row in members], self._fill, place.device)
@@ -116,7 +126,7 @@ class Sft:
             part = token_losses(self._reader, batch).sum() / denominator
             self._engine.backward(part, last=micro == len(micros))
             loss += part.detach()
-            _count(work, batch)
+            count(work, batch)
             place.beat()
         norm = self._engine.step()  # (9)
         return StepReport(
@@ -150,8 +160,13 @@ class Sft:
             )  # fmt: skip
 
 
-def _count(work: dict[str, Any], batch: Batch) -> None:
-    work["loss_tokens"] += batch.loss_tokens
-    work["tokens"] += batch.tokens
-    work["padded_tokens"] += batch.ids_BT.numel()
-    work["sequences"] += batch.ids_BT.shape[0]
+def count(work: dict[str, int], batch: Batch) -> None:
+    """Add the batch to the work of this rank."""
+    found = {
+        "loss_tokens": batch.loss_tokens,
+        "tokens": batch.tokens,
+        "padded_tokens": batch.ids_BT.numel(),
+        "sequences": len(batch.ids_BT),
+    }
+    for name, number in found.items():
+        work[name] = work.get(name, 0) + number

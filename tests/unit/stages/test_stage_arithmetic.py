@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench.data import collate
-from bench.errors import UserError
+from bench.errors import DataError, UserError
 from bench.models.build import accepts_position_ids
 from bench.rollout.base import Rollout
 from bench.rollout.head import HeadWindow
@@ -80,6 +80,13 @@ def test_the_old_mean_weighs_micro_batches_alike_and_the_standard_one_tokens():
     standard, old = tiny_cell("sft", steps=1), tiny_cell("sft", steps=1, **COATI)
     assert sft.loss_denominator(standard, batch, step_tokens=30, num_micro_batches=4) == 30
     assert sft.loss_denominator(old, batch, step_tokens=30, num_micro_batches=4) == 8
+
+
+def test_data_whose_responses_are_mostly_cut_off_is_refused():
+    kept, lost = collate.Tokens([1, 2, 3], 1), collate.Tokens([1, 2], 2)
+    sft.check_responses([kept, lost], 64)
+    with pytest.raises(DataError, match=r"2 of 3 training sequences have no response token left: sequence_length 64"):
+        sft.check_responses([kept, lost, lost], 64)
 
 
 # -- RM ----------------------------------------------------------------------------------------------------------------
