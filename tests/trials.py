@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import socket
 import sys
 import traceback
+import warnings
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -77,10 +80,11 @@ def run_forked(trial: Trial) -> list[Part]:
 def fork_ranks(trial: Trial) -> list[int]:
     """Run every rank of `trial` in a forked process; return the exit codes."""
     import torch
-    from peft.tuners.lora import bnb  # noqa: F401 (a second of imports, once instead of in every rank)
 
     import bench.worker
 
+    with suppress(ImportError):  # a second of imports of peft's, once instead of in every rank
+        importlib.import_module("peft.tuners.lora.bnb")
     torch.set_num_threads(1)
     cell = trial.parsed_cell
     with socket.socket() as probe:
@@ -91,7 +95,9 @@ def fork_ranks(trial: Trial) -> list[int]:
 
 
 def _fork(run: Any, trial: Trial, rank: int, cell: Cell, port: str) -> int:
-    pid = os.fork()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 minds threads; torch's are idle here
+        pid = os.fork()
     if pid:
         return pid
     code = 1
