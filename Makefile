@@ -29,7 +29,7 @@ types: install ## mypy
 	$(VENV)/bin/mypy
 
 test: lint ## lint, then all tests; tests/gpu skip themselves without a GPU
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadgroup -q
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile -q
 
 clean: ## remove .venv and what tools left behind; results stay
 	rm -rf $(VENV) .snakemake .pytest_cache .ruff_cache .mypy_cache .import_linter_cache build dist *.egg-info

@@ -15,7 +15,6 @@ from bench.matrix import expand, make_plan, save_plan
 from bench.suite import Known, check_suite
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.xdist_group("workflow")
 
 
 def would_make(output: str) -> list[str]:

@@ -16,7 +16,6 @@ import pytest
 from bench.record import load_record
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.xdist_group("workflow")
 
 
 @pytest.fixture(scope="module")
