@@ -160,6 +160,7 @@ def schema_record() -> None:
 
 @app.callback(invoke_without_command=True)
 def top(version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False) -> None:
+    """Take the options that stand before a verb."""
     if version:
         typer.echo(f"coati-bench {__version__}")
         raise typer.Exit

@@ -27,9 +27,9 @@ print(json.dumps([len(plan.cells), time.perf_counter() - start, memory * 1024, "
 
 def suite_text(cells: int) -> str:
     """A suite of so many cells: ddp and zero2 over LoRA ranks and 20 node counts."""
-    ranks = list(range(cells // 40))
+    ranks, nodes = list(range(cells // 40)), list(range(1, 21))
     return (
-        f"suite: big\naxes: {{stage: [sft], model: [bloom-tiny], strategy: [ddp, zero2], lora_rank: {ranks}, nodes: {list(range(1, 21))}}}\n"
+        f"suite: big\naxes: {{stage: [sft], model: [bloom-tiny], strategy: [ddp, zero2], lora_rank: {ranks}, nodes: {nodes}}}\n"
         "settings: {device: cpu, launcher: fork, scaling: weak}\nstages: {sft: {steps: 10}}\n"
     )
 

@@ -36,9 +36,10 @@ def architecture() -> str:
         "  report: records -> tables, parity, plots -> report.html, report.md, results.parquet, results.csv",
         "```",
         "",
-        "Snakemake decides when and where, Python what and how; they meet only in files. Layers, top to bottom, an import points down only:",
-        "`cli` > `report | launch | worker` > `matrix` > `stages` > `strategies | rollout | rl | measure | models | data | checkpoint` >",
-        "`record | trial | layout | suite` > `cell | errors`. Planning and reporting never load torch; only `strategies` loads ColossalAI.",
+        "Snakemake decides when and where, Python what and how; they meet only in files. Layers, top to bottom; an import points down",
+        "only: `cli` > `report | launch | worker | doctor` > `matrix` > `stages` > `strategies | rollout | rl | measure` >",
+        "`models | data` > `checkpoint` > `trial` > `record` > `suite | layout` > `cell | errors`. Planning and reporting never load",
+        "torch; only `strategies` loads ColossalAI.",
     ]
     for room, purpose in ROOMS.items():
         lines += ["", f"## {room}/: {purpose}", "", "| module | what |", "|---|---|"]

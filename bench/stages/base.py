@@ -34,7 +34,10 @@ class StageSpec:
 
 SPECS: dict[str, StageSpec] = {
     "sft": StageSpec(name="sft", title="Supervised fine-tuning", unit="step", held_out={"loss": "lower"}),
-    "rm": StageSpec(name="rm", title="Reward model", unit="step", starts={"policy": "sft"}, held_out={"loss": "lower", "accuracy": "higher", "margin": "higher"}),
+    "rm": StageSpec(
+        name="rm", title="Reward model", unit="step", starts={"policy": "sft"},
+        held_out={"loss": "lower", "accuracy": "higher", "margin": "higher"},
+    ),
     "ppo": StageSpec(
         name="ppo", title="PPO", unit="iteration", starts={"policy": "sft", "reward": "rm"},
         held_out={"reward": "higher", "kl": "lower", "response_tokens": "higher"},

@@ -71,7 +71,7 @@ class Strategy(ABC):
             return f"{self.name} does not offer precision {cell.settings.precision}; it offers {', '.join(sorted(self.precisions))}"
         return None
 
-    def forced_settings(self, cell: Cell) -> dict[str, Any]:
+    def forced_settings(self, cell: Cell) -> dict[str, Any]:  # noqa: ARG002 (for those that force something)
         """Settings that it replaces whatever the cell says (Gemini: optimizer), setting -> value in force."""
         return {}
 

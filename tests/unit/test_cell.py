@@ -66,7 +66,7 @@ def test_the_same_rows_under_another_path_have_the_same_fingerprint() -> None:
 
 
 def test_defaults_stay_as_they_are_within_one_schema_major() -> None:
-    """A changed default silently changes what old cell ids mean: raise SCHEMA_MAJOR instead of this file. New settings may be added to it."""
+    """A changed default silently changes what old cell ids mean: raise SCHEMA_MAJOR instead of this file. New settings may come in."""
     golden = json.loads((Path(__file__).parents[1] / "golden" / "defaults.json").read_text(encoding="utf-8"))
     now = {stage: defaults_of(kind) for stage, kind in SETTINGS.items()}
     assert {stage: {key: now[stage].get(key, "gone") for key in kept} for stage, kept in golden.items()} == golden

@@ -97,6 +97,7 @@ def test_a_bad_suite_is_told_every_mistake(capsys: pytest.CaptureFixture[str], t
 
 
 def test_planning_and_help_never_load_torch() -> None:
-    program = f"import sys\nfrom bench.cli import _exit_code\n_exit_code(['plan', {QUICKSTART!r}])\n_exit_code(['--help'])\nprint('torch' in sys.modules)"
+    calls = f"_exit_code(['plan', {QUICKSTART!r}])\n_exit_code(['--help'])"
+    program = f"import sys\nfrom bench.cli import _exit_code\n{calls}\nprint('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.splitlines()[-1] == "False"
