@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 SHELL := /bin/bash
 
-.PHONY: help install quickstart test lint types reference clean
+.PHONY: help install quickstart test lint reference clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -20,12 +20,10 @@ reference: install ## the three reference commands, BLOOM-560m: needs a CUDA dev
 	@echo "coati-bench run config/reference/bloom-560m.yaml"
 	@$(VENV)/bin/coati-bench run config/reference/bloom-560m.yaml
 
-lint: install ## ruff, formatting, import contracts
+lint: install ## ruff, formatting, import contracts, types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/lint-imports
-
-types: install ## mypy
 	$(VENV)/bin/mypy
 
 test: lint ## lint, then all tests; tests/gpu skip themselves without a GPU

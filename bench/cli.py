@@ -187,7 +187,7 @@ def _exit_code(arguments: list[str] | None) -> int:
         return result if isinstance(result, int) else 0
     except typer.Exit as stop:
         return stop.exit_code
-    except _UsageProblem as error:
+    except _UsageProblem as error:  # type: ignore[misc]
         error.show()  # type: ignore[attr-defined]
         return 2
     except BenchError as error:

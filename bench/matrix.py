@@ -203,7 +203,14 @@ class _Expansion:
 
     def _shared(self, cell: Cell, stage: str) -> str:
         """Key of the naive, full, one-rank run of `stage` that every cell of this model starts from."""
-        axes = {"stage": stage, "model": cell.model, "strategy": "naive", "lora_rank": 0, "nodes": 1, "processes_per_node": 1}
+        axes: dict[str, Any] = {
+            "stage": stage,
+            "model": cell.model,
+            "strategy": "naive",
+            "lora_rank": 0,
+            "nodes": 1,
+            "processes_per_node": 1,
+        }
         settings = self._settings_of(axes, None, f"stages.{stage}")
         if settings is None:
             return ""

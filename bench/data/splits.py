@@ -16,7 +16,7 @@ def split_rows(rows: Sequence[Any], held_out: int, seed: int) -> tuple[list[Any]
     nothing would be left to train on.
 
     >>> split_rows(["a", "b", "c", "d"], held_out=1, seed=42)
-    (['a', 'b', 'd'], ['c'])
+    (['a', 'b', 'c'], ['d'])
     """
     if held_out >= len(rows):
         raise DataError(

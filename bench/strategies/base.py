@@ -104,7 +104,7 @@ def all_strategies() -> dict[str, Strategy]:
 
     for item in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{package.__name__}.{item.name}")
-    return {strategy.name: strategy for strategy in sorted((kind() for kind in _leaves(Strategy)), key=lambda it: it.name)}
+    return {strategy.name: strategy for strategy in sorted((kind() for kind in _leaves(Strategy)), key=lambda it: it.name)}  # type: ignore[type-abstract]
 
 
 def _leaves(kind: type[Strategy]) -> Iterable[Callable[[], Strategy]]:
