@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -43,7 +44,7 @@ class Folder:
         return subprocess.run(command, cwd=self.path, env=self.environment, text=True, capture_output=True, timeout=300, check=False)
 
     def start(self) -> subprocess.Popen[str]:
-        """The same, going on."""
+        """The same, going on, and with Ctrl-C in force (a test run in the background has it ignored, and children inherit that)."""
         return subprocess.Popen(
             [str(PROGRAM), "run", "tiny.yaml"],
             cwd=self.path,
@@ -51,6 +52,7 @@ class Folder:
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def snakemake(self, *arguments: str, snakefile: Path) -> subprocess.CompletedProcess[str]:
