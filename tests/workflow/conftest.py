@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -45,15 +44,9 @@ class Folder:
 
     def start(self) -> subprocess.Popen[str]:
         """The same, going on, and with Ctrl-C in force (a test run in the background has it ignored, and children inherit that)."""
-        return subprocess.Popen(
-            [str(PROGRAM), "run", "tiny.yaml"],
-            cwd=self.path,
-            env=self.environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
+        command = ["env", "--default-signal=INT", str(PROGRAM), "run", "tiny.yaml"]
+        merged = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        return subprocess.Popen(command, cwd=self.path, env=self.environment, text=True, **merged)
 
     def snakemake(self, *arguments: str, snakefile: Path) -> subprocess.CompletedProcess[str]:
         """Snakemake by hand, as the Snakefile says it."""
