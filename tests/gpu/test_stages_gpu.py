@@ -12,7 +12,7 @@ import torch
 
 from bench.record import Part, load_part
 from bench.trial import save_trial
-from tests.trials import only, run_forked, tiny_cell, tiny_trial
+from tests.trials import only, tiny_cell, tiny_trial
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -31,7 +31,7 @@ def root(tmp_path_factory):
     return tmp_path_factory.mktemp("stages-gpu")
 
 
-def on_gpu(root: Path, stage: str, **changes) -> Part:
+def run(root: Path, stage: str, **changes) -> Part:
     """One rank in a process of its own: CUDA does not survive a fork."""
     cell = tiny_cell(stage, **{**SIZES[stage], "held_out_rows": 12, "device": "cuda", "launcher": "torchrun", **changes})
     trial = tiny_trial(cell, root / cell.cell_id)
@@ -45,8 +45,7 @@ def on_gpu(root: Path, stage: str, **changes) -> Part:
 
 @pytest.mark.parametrize("stage", SIZES)
 def test_a_gpu_gives_the_losses_of_the_cpu(root, stage):
-    cpu_cell = tiny_cell(stage, **{**SIZES[stage], "held_out_rows": 12})
-    cpu, gpu = only(run_forked(tiny_trial(cpu_cell, root / cpu_cell.cell_id))), on_gpu(root, stage)
+    cpu, gpu = run(root, stage, device="cpu"), run(root, stage)
     steps = 1 if stage == "ppo" else 4  # later ones learn from sampled tokens, of which rounding may flip one
     assert gpu.series["loss"][:steps] == pytest.approx(cpu.series["loss"][:steps], rel=1e-3, abs=1e-3)
     assert gpu.memory.peak_allocated_bytes > 1 << 20
@@ -55,13 +54,13 @@ def test_a_gpu_gives_the_losses_of_the_cpu(root, stage):
 
 @pytest.mark.parametrize("stage", SIZES)
 def test_every_stage_trains_in_16_bits_with_fp32_masters(root, stage):
-    part = on_gpu(root, stage, precision="bf16-master")
+    part = run(root, stage, precision="bf16-master")
     assert part.laps
     assert part.held_out
 
 
 def test_the_ratio_is_1_and_phases_add_up_on_a_gpu(root):
-    part = on_gpu(root, "ppo", precision="bf16-master", ppo_epochs=2)
+    part = run(root, "ppo", precision="bf16-master", ppo_epochs=2)
     assert max(part.series["first_ratio_error"]) < 0.05
     for lap in part.laps:
         assert sum(lap.phases.values()) <= lap.seconds * 1.01
