@@ -7,17 +7,17 @@ band, or a trial that was ok and is not. Everything else is shown and decides no
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bench.cell import Cell, canonical_json, cell_to_json, identity
+from bench.cell import Cell
 from bench.errors import UserError
-from bench.layout import Layout
 from bench.measure.conditions import Difference, conditions, differences
 from bench.report.analysis import MEMORY
-from bench.report.inventory import BadFile, Row, cell_order, read_inventory
-from bench.report.metrics import Trial, primary_metric
+from bench.report.inventory import BadFile, cell_order
+from bench.report.metrics import primary_metric
+from bench.report.pairing import Measured, Side, nothing_common, pair_cells, read_cells, sorted_cells
 from bench.report.parity import comparison_key
 from bench.report.provenance import without_paths
 from bench.report.repetition import Losses, repeat_of
@@ -25,37 +25,7 @@ from bench.report.statistics import Comparison, Summary, verdicts
 from bench.report.statistics import compare as compare_ratios
 from bench.report.text import first_line
 
-SETTINGS_OF_THE_PLACE = ("device", "launcher", "precision")
-"""Settings in which cells may differ and still be the same comparison, if the user allows it."""
 LOSS_ORDER = ("outside", "undefined", "inside", "identical")
-
-
-@dataclass(frozen=True, slots=True)
-class Side:
-    """The trials of one cell in one set, by number."""
-
-    rows: Mapping[int, Row]
-    trials: Mapping[int, Trial]
-
-    @property
-    def ok(self) -> dict[int, Trial]:
-        """Those that ended well."""
-        return {number: trial for number, trial in self.trials.items() if trial.record.outcome == "ok"}
-
-    @property
-    def clock_problem(self) -> str | None:
-        """Why its times and memory mean nothing, or None."""
-        return next((trial.clock_problem for trial in self.trials.values() if trial.clock_problem), None)
-
-    @property
-    def outcomes(self) -> str:
-        """How its trials ended.
-
-        >>> Side({}, {}).outcomes
-        'no trial'
-        """
-        counts = Counter(trial.record.outcome for trial in self.trials.values())
-        return ", ".join(f"{name} × {count}" if count > 1 else name for name, count in sorted(counts.items())) or "no trial"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +76,7 @@ class Changes:
     cells: tuple[Change, ...]
     only_baseline: tuple[Cell, ...] = ()
     only_candidate: tuple[Cell, ...] = ()
-    bad_files: tuple[BadFile, ...] = field(default=())
+    bad_files: tuple[BadFile, ...] = ()
 
     @property
     def regressions(self) -> tuple[Change, ...]:
@@ -152,105 +122,40 @@ def _refusal(changes: Changes) -> str:
 
 def compare_sets(baseline: Path, candidate: Path) -> Changes:
     """Read and compare two sets. Raises UserError where one has no records or no cell is in both."""
-    (before, bad_before), (after, bad_after) = _read(baseline), _read(candidate)
-    pairs, rest_before, rest_after = _pair(before, after)
+    (before, bad_before), (after, bad_after) = read_cells(baseline), read_cells(candidate)
+    pairs, rest_before, rest_after = pair_cells(before, after)
     if not pairs:
-        raise UserError(_nothing_common(baseline, candidate, before, after))
+        raise UserError(nothing_common(baseline, candidate, before, after))
     changes = [_change(before[first], after[second]) for first, second in pairs]
     return Changes(
         names=(str(baseline), str(candidate)), cells=_judge_speed(sorted(changes, key=lambda change: cell_order(change.cell))),
-        only_baseline=_cells(before[key] for key in rest_before), only_candidate=_cells(after[key] for key in rest_after),
+        only_baseline=sorted_cells(before[key] for key in rest_before), only_candidate=sorted_cells(after[key] for key in rest_after),
         bad_files=(*bad_before, *bad_after),
     )  # fmt: skip
-
-
-# -- reading and pairing -----------------------------------------------------------------------------------------
-
-
-def _read(folder: Path) -> tuple[dict[str, list[Row]], tuple[BadFile, ...]]:
-    """The rows of each cell by its identity; a suite's folder stands for its records."""
-    records = Layout(folder).records
-    inventory = read_inventory(records if records.is_dir() else folder)
-    cells: dict[str, list[Row]] = defaultdict(list)
-    for row in inventory.rows:
-        cells[canonical_json(identity(row.cell))].append(row)
-    if not cells:
-        first = inventory.bad_files[0]
-        raise UserError(
-            f"{folder}: no valid record; seen: {len(inventory.bad_files)} other JSON files, first {first.file}: {first.problem}"
-        )
-    return cells, inventory.bad_files
-
-
-def _pair(before: Mapping[str, list[Row]], after: Mapping[str, list[Row]]) -> tuple[list[tuple[str, str]], list[str], list[str]]:
-    """Cells that are the same, then those that differ in the place only, where there is no doubt which; and the rest of both."""
-    pairs = [(key, key) for key in before if key in after]
-    loose = [_loosely(before, after), _loosely(after, before)]
-    pairs += [(keys[0], loose[1][name][0]) for name, keys in loose[0].items() if len(keys) == len(loose[1].get(name, ())) == 1]
-    used = ({first for first, _ in pairs}, {second for _, second in pairs})
-    return pairs, [key for key in before if key not in used[0]], [key for key in after if key not in used[1]]
-
-
-def _loosely(cells: Mapping[str, list[Row]], others: Mapping[str, list[Row]]) -> dict[str, list[str]]:
-    """Keys of the cells that `others` lacks, by identity without the settings of the place."""
-    found: dict[str, list[str]] = defaultdict(list)
-    for key, rows in cells.items():
-        if key not in others:
-            content = identity(rows[0].cell)
-            found[canonical_json({name: value for name, value in content.items() if name not in SETTINGS_OF_THE_PLACE})].append(key)
-    return found
-
-
-def _cells(groups: Iterable[list[Row]]) -> tuple[Cell, ...]:
-    return tuple(sorted((rows[0].cell for rows in groups), key=cell_order))
-
-
-def _nothing_common(baseline: Path, candidate: Path, before: Mapping[str, list[Row]], after: Mapping[str, list[Row]]) -> str:
-    text = f"{baseline} and {candidate} have no cell in common; seen: {len(before)} and {len(after)} cells"
-    near = next(_near(before, after), None)
-    return f"{text}{f'; cells of the same axes differ in {near}' if near else ''}; two runs of the same suite would be right"
-
-
-def _near(before: Mapping[str, list[Row]], after: Mapping[str, list[Row]]) -> Iterator[str]:
-    """What tells cells of the same axes apart."""
-    first = {_axes(rows[0].cell): cell_to_json(rows[0].cell) for rows in before.values()}
-    for rows in after.values():
-        if theirs := first.get(_axes(rows[0].cell)):
-            mine = cell_to_json(rows[0].cell)
-            yield ", ".join(f"{name} ({theirs[name]} / {mine[name]})" for name in mine if mine[name] != theirs[name])
-
-
-def _axes(cell: Cell) -> tuple[object, ...]:
-    return cell.stage, cell.model, cell.strategy, cell.lora_rank, cell.nodes, cell.processes_per_node
 
 
 # -- one cell ----------------------------------------------------------------------------------------------------
 
 
-def _side(rows: list[Row]) -> Side:
-    ordered = {row.record.trial: row for row in sorted(rows, key=lambda row: row.record.trial)}
-    return Side(ordered, {number: Trial(row) for number, row in ordered.items()})
-
-
-def _change(before: list[Row], after: list[Row]) -> Change:
-    baseline, candidate = _side(before), _side(after)
+def _change(before: list[Measured], after: list[Measured]) -> Change:
+    baseline, candidate = (Side({trial.row.record.trial: trial for trial in trials}) for trials in (before, after))
     memory_name, memory = _memory(baseline, candidate)
     return Change(
-        cell=after[0].cell, baseline=baseline, candidate=candidate,
+        cell=after[0].row.cell, baseline=baseline, candidate=candidate,
         differences=tuple(differences(map(_conditions, before), map(_conditions, after))),
-        broken=tuple(_broken(baseline, candidate)), lacking=tuple(number for number in baseline.rows if number not in candidate.rows),
+        broken=tuple(_broken(baseline, candidate)), lacking=tuple(number for number in baseline.trials if number not in candidate.trials),
         speed=_speed(baseline, candidate), step_time=_ratio(baseline, candidate, "step_seconds"), memory=memory, memory_name=memory_name,
         verdict=_why_no_speed(baseline, candidate), losses=_losses(baseline, candidate),
     )  # fmt: skip
 
 
-def _conditions(row: Row) -> dict[str, str]:
-    return conditions(row.record)
+def _conditions(trial: Measured) -> dict[str, str]:
+    return conditions(trial.row.record)
 
 
 def _broken(baseline: Side, candidate: Side) -> Iterator[str]:
     for number in baseline.ok:
-        record = candidate.rows[number].record if number in candidate.rows else None
+        record = candidate.trials[number].row.record if number in candidate.trials else None
         if record is not None and record.outcome != "ok":
             reason = without_paths(first_line(record.reason or "no reason recorded"))
             yield f"trial {number} was ok and is {record.outcome}: {reason}"
@@ -269,13 +174,13 @@ def _ratios(baseline: Side, candidate: Side, name: str) -> list[float]:
     if baseline.clock_problem or candidate.clock_problem:
         return []
     before, after = baseline.ok, candidate.ok
-    pairs = [(before[number].values[name].number, after[number].values[name].number) for number in before if number in after]
+    pairs = [(before[number].values[name], after[number].values[name]) for number in before if number in after]
     return [mine / theirs for theirs, mine in pairs if mine and theirs]
 
 
 def _speed(baseline: Side, candidate: Side) -> Comparison | None:
-    trial = next(iter(candidate.trials.values()))
-    ratios = _ratios(baseline, candidate, primary_metric(trial.cell.stage))
+    stage = next(iter(candidate.trials.values())).row.cell.stage
+    ratios = _ratios(baseline, candidate, primary_metric(stage))
     return compare_ratios(ratios) if ratios else None
 
 
@@ -291,7 +196,8 @@ def _memory(baseline: Side, candidate: Side) -> tuple[str, Summary | None]:
 
 def _losses(baseline: Side, candidate: Side) -> Losses | None:
     """The worst verdict over pairs of ok trials."""
-    pairs = [repeat_of(candidate.rows[number], baseline.rows[number]) for number in baseline.ok if number in candidate.ok]
+    before, after = baseline.ok, candidate.ok
+    pairs = [repeat_of(after[number].row, before[number].row) for number in before if number in after]
     return min(pairs, key=lambda item: (LOSS_ORDER.index(item.state), -(item.largest or 0.0)), default=None)
 
 

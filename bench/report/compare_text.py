@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bench.report.compare import Change, Changes
 from bench.report.metrics import METRICS, primary_metric
+from bench.report.pairing import final_metric
 from bench.report.statistics import Summary
 from bench.report.text import DASH, counted, number
 
@@ -91,8 +92,8 @@ def outcomes_text(change: Change) -> str:
 
 def verdict_text(change: Change) -> str:
     """The verdict, with what a reader must know of the windows."""
-    sides = (*change.baseline.ok.values(), *change.candidate.ok.values())
-    short = change.speed is not None and any(trial.window and trial.window.indicative for trial in sides)
+    trials = (*change.baseline.ok.values(), *change.candidate.ok.values())
+    short = change.speed is not None and any(trial.indicative for trial in trials)
     return f"{change.verdict}; indicative" if short else change.verdict
 
 
@@ -112,9 +113,5 @@ def ratio_text(summary: Summary | None, *, mark: bool = False) -> str:
 
 
 def _final(change: Change) -> str:
-    name = "final_reward" if change.cell.stage == "ppo" else "final_loss"
-    values = [
-        Summary(found) if (found := tuple(v for trial in side.ok.values() if (v := trial.values[name].number) is not None)) else None
-        for side in (change.baseline, change.candidate)
-    ]
-    return DASH if None in values else " → ".join(number(summary.middle) for summary in values if summary)
+    sides = [side.summary(final_metric(change.cell.stage)) for side in (change.baseline, change.candidate)]
+    return DASH if None in sides else " → ".join(number(summary.middle) for summary in sides if summary)

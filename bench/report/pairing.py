@@ -1,0 +1,157 @@
+"""Two folders of records as cells with their trials, and which cells of the two are the same. Torch-free."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from bench.cell import Cell, canonical_json, cell_to_json, identity
+from bench.errors import UserError
+from bench.layout import Layout
+from bench.report.analysis import MEMORY
+from bench.report.inventory import BadFile, Row, cell_order, read_inventory
+from bench.report.metrics import METRICS, NoValue, Trial, primary_metric
+from bench.report.statistics import Summary
+
+SETTINGS_OF_THE_PLACE = ("device", "launcher", "precision")
+"""Settings in which cells may differ and still be the same comparison, if the user allows it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a comparison needs of one trial."""
+
+    row: Row
+    """The record without its laps, so that sets of many thousand fit into memory."""
+    values: Mapping[str, float | None]
+    """The metrics that are compared."""
+    clock_problem: str | None
+    """Why its times and memory mean nothing, or None."""
+    indicative: bool
+    """Whether its window is too short to publish."""
+
+    @property
+    def outcome(self) -> str:
+        """How it ended."""
+        return self.row.record.outcome
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """The trials of one cell in one set, by number."""
+
+    trials: Mapping[int, Measured]
+
+    @property
+    def ok(self) -> dict[int, Measured]:
+        """Those that ended well."""
+        return {number: trial for number, trial in self.trials.items() if trial.outcome == "ok"}
+
+    @property
+    def clock_problem(self) -> str | None:
+        """Why its times and memory mean nothing, or None."""
+        return next((trial.clock_problem for trial in self.trials.values() if trial.clock_problem), None)
+
+    def summary(self, name: str) -> Summary | None:
+        """A metric over the ok trials; None where none of them has it."""
+        known = tuple(value for trial in self.ok.values() if (value := trial.values[name]) is not None)
+        return Summary(known) if known else None
+
+    @property
+    def outcomes(self) -> str:
+        """How its trials ended.
+
+        >>> Side({}).outcomes
+        'no trial'
+        """
+        counts = Counter(trial.outcome for trial in self.trials.values())
+        return ", ".join(f"{name} × {count}" if count > 1 else name for name, count in sorted(counts.items())) or "no trial"
+
+
+Cells = dict[str, list[Measured]]
+"""The trials of each cell, by its identity."""
+Pairing = tuple[list[tuple[str, str]], list[str], list[str]]
+"""Identities of the cells that are the same, then those that only the first set has, and only the second."""
+
+
+def read_cells(folder: Path) -> tuple[Cells, tuple[BadFile, ...]]:
+    """The trials of each cell by its identity; a suite's folder stands for its records. Raises UserError where there is none."""
+    records = Layout(folder).records
+    inventory = read_inventory(records if records.is_dir() else folder)
+    cells: Cells = defaultdict(list)
+    for row in inventory.rows:
+        cells[canonical_json(identity(row.cell))].append(_measured(row))
+    if not cells:
+        first = inventory.bad_files[0]
+        raise UserError(
+            f"{folder}: no valid record; seen: {len(inventory.bad_files)} other JSON files, first {first.file}: {first.problem}"
+        )
+    return cells, inventory.bad_files
+
+
+def _measured(row: Row) -> Measured:
+    trial = Trial(row)
+    names = (primary_metric(row.cell.stage), "step_seconds", *MEMORY, final_metric(row.cell.stage))
+    parts = [replace(part, laps=[]) for part in row.record.parts]
+    return Measured(
+        row=replace(row, record=replace(row.record, parts=parts)), values={name: _value(trial, name) for name in names},
+        clock_problem=trial.clock_problem, indicative=bool(trial.window and trial.window.indicative),
+    )  # fmt: skip
+
+
+def _value(trial: Trial, name: str) -> float | None:
+    try:
+        return METRICS[name].compute(trial)
+    except NoValue:
+        return None
+
+
+def final_metric(stage: str) -> str:
+    """Where the training of a stage arrived."""
+    return "final_reward" if stage == "ppo" else "final_loss"
+
+
+def pair_cells(before: Mapping[str, list[Measured]], after: Mapping[str, list[Measured]]) -> Pairing:
+    """Cells that are the same, then those that differ in the place only, where there is no doubt which; and the rest of both."""
+    pairs = [(key, key) for key in before if key in after]
+    loose = [_loosely(before, after), _loosely(after, before)]
+    pairs += [(keys[0], loose[1][name][0]) for name, keys in loose[0].items() if len(keys) == len(loose[1].get(name, ())) == 1]
+    used = ({first for first, _ in pairs}, {second for _, second in pairs})
+    return pairs, [key for key in before if key not in used[0]], [key for key in after if key not in used[1]]
+
+
+def _loosely(cells: Mapping[str, list[Measured]], others: Mapping[str, list[Measured]]) -> dict[str, list[str]]:
+    """Keys of the cells that `others` lacks, by identity without the settings of the place."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for key, rows in cells.items():
+        if key not in others:
+            content = identity(rows[0].row.cell)
+            found[canonical_json({name: value for name, value in content.items() if name not in SETTINGS_OF_THE_PLACE})].append(key)
+    return found
+
+
+def sorted_cells(groups: Iterable[list[Measured]]) -> tuple[Cell, ...]:
+    """The cell of each group, in the order of the tables."""
+    return tuple(sorted((rows[0].row.cell for rows in groups), key=cell_order))
+
+
+def nothing_common(baseline: Path, candidate: Path, before: Mapping[str, list[Measured]], after: Mapping[str, list[Measured]]) -> str:
+    """What to tell the user, with the setting that differs, if that is it."""
+    text = f"{baseline} and {candidate} have no cell in common; seen: {len(before)} and {len(after)} cells"
+    near = next(_near(before, after), None)
+    return f"{text}{f'; cells of the same axes differ in {near}' if near else ''}; two runs of the same suite would be right"
+
+
+def _near(before: Mapping[str, list[Measured]], after: Mapping[str, list[Measured]]) -> Iterator[str]:
+    """What tells cells of the same axes apart."""
+    first = {_axes(rows[0].row.cell): cell_to_json(rows[0].row.cell) for rows in before.values()}
+    for rows in after.values():
+        if theirs := first.get(_axes(rows[0].row.cell)):
+            mine = cell_to_json(rows[0].row.cell)
+            yield ", ".join(f"{name} ({theirs[name]} / {mine[name]})" for name in mine if mine[name] != theirs[name])
+
+
+def _axes(cell: Cell) -> tuple[object, ...]:
+    return cell.stage, cell.model, cell.strategy, cell.lora_rank, cell.nodes, cell.processes_per_node
