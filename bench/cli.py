@@ -127,6 +127,32 @@ def retry(
 
 
 @app.command()
+def compare(
+    baseline: Annotated[Path, typer.Argument(help="Folder with records: a suite's results, or one of results/references.")],
+    candidate: Annotated[Path, typer.Argument(help="Folder with the records to judge.")],
+    markdown: Annotated[Path | None, typer.Option(help="Also write the table here.")] = None,
+    junit: Annotated[Path | None, typer.Option(help="Also write the verdicts here, for a CI server.")] = None,
+    allow_differences: Annotated[bool, typer.Option("--allow-differences", help="Compare although settings that matter differ.")] = False,
+) -> None:
+    """Compare two sets of records, cell by cell. Exit code 1 tells of a regression."""
+    from bench.report.compare import compare as judge
+
+    raise typer.Exit(judge(baseline, candidate, markdown=markdown, junit=junit, allow_differences=allow_differences))
+
+
+@app.command()
+def reproduce(
+    record: Annotated[Path, typer.Argument(help="The record of the trial to repeat.")],
+    anyway: Annotated[bool, typer.Option("--anyway", help="Go on although lock, data or versions differ.")] = False,
+    results: Results = Path("results"),
+) -> None:
+    """Run the trial of a record again, and say whether its value lies in the old interval."""
+    from bench.reproduce import reproduce as repeat
+
+    raise typer.Exit(repeat(record, anyway=anyway, results=results))
+
+
+@app.command()
 def doctor(format: Format = "text") -> None:
     """Say what this machine has, what it can run, and what is missing."""
     from bench.doctor import run_doctor

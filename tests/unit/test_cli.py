@@ -65,6 +65,8 @@ def test_every_suite_of_the_project_can_be_planned(capsys: pytest.CaptureFixture
         (["plan", QUICKSTART, "--format", "xml"], "--format is text or json; seen: 'xml'"),
         (["run", "absent.yaml"], "there is no such file"),
         (["report", "absent", "--output", "out"], "absent"),
+        (["compare", "absent", "absent"], "absent"),
+        (["reproduce", "absent"], "absent"),
         (["retry", QUICKSTART, "--outcome", "crashed"], "no such outcome; choose among"),
         (["checkpoint", "inspect", "absent"], "absent"),
         (["data", "fetch", "no-such-data"], "no-such-data"),
