@@ -6,7 +6,6 @@ A record is assembled from parts (what one rank saw), written once and never rew
 from __future__ import annotations
 
 import json
-import math
 import os
 import tempfile
 from dataclasses import field
@@ -204,8 +203,3 @@ def write_json(content: Any, path: Path) -> None:
     except BaseException:
         os.unlink(name)
         raise
-
-
-def finite(value: float) -> float | None:
-    """`value`, or None where JSON has no number for it."""
-    return value if math.isfinite(value) else None

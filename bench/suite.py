@@ -17,7 +17,7 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from bench.cell import AXES, SETTINGS, STRICT, Count, Name, Positive, Settings, validate_settings
+from bench.cell import AXES, SETTINGS, STRICT, Count, Name, Positive, validate_settings
 from bench.errors import Mistake, SuiteError, UserError
 
 LARGEST_SUITE_BYTES = 1 << 20
@@ -347,11 +347,6 @@ def _data_mistakes(path: str, settings: dict[str, Any], known: Known, folder: Pa
         if isinstance(name, str) and not (key == "ptx" and name == "none") and (problem := known.data_problem(name, folder)):
             mistakes.append(Mistake(f"{path}.{key}", problem, name))
     return mistakes
-
-
-def base_setting_names() -> frozenset[str]:
-    """Names of the settings that every stage has."""
-    return frozenset(field.name for field in dataclasses.fields(Settings))
 
 
 def suite_schema() -> dict[str, Any]:
