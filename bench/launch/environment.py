@@ -13,10 +13,16 @@ SOURCE_TREE = Path(__file__).resolve().parents[2]
 PASSED_ON = frozenset(
     {
         "PATH", "HOME", "USER", "LOGNAME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "LD_PRELOAD", "CUDA_HOME", "XDG_CACHE_HOME",
-        "HF_HOME",        "TRITON_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "TORCHINDUCTOR_CACHE_DIR", "COATI_BENCH_CACHE", "VIRTUAL_ENV",
+        "HF_HOME", "TRITON_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "TORCHINDUCTOR_CACHE_DIR", "COATI_BENCH_CACHE", "VIRTUAL_ENV",
+        "CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS", "CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH", "MAX_JOBS",
+        "CUDA_PATH", "CUDACXX", "NVCC_CCBIN", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS",
     }
 )  # fmt: skip
-"""Passed on beside the recorded ones, and not recorded, since they name places of one user."""
+"""Passed on beside the recorded ones, and not recorded, since they name places of one user.
+
+The compiler's are among them because ColossalAI builds kernels at first use: with another compiler than the user's own,
+kernels that are there already would be built again inside the trial.
+"""
 
 FIXED = {
     "OMP_NUM_THREADS": "1",

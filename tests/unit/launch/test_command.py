@@ -61,6 +61,13 @@ def test_only_named_variables_reach_the_ranks(monkeypatch):
     assert rank_environment(search_path=("/first",))["PYTHONPATH"].startswith("/first:")
 
 
+def test_ranks_build_kernels_with_the_users_own_compiler(monkeypatch):
+    chosen = {"CC": "/opt/gcc/bin/gcc", "CXX": "/opt/gcc/bin/g++", "MAX_JOBS": "4", "TORCH_CUDA_ARCH_LIST": "9.0", "CUDA_HOME": "/opt/cuda"}
+    for name, value in chosen.items():
+        monkeypatch.setenv(name, value)
+    assert chosen.items() <= rank_environment().items()
+
+
 @pytest.mark.parametrize(("user", "expected"), [(None, "1"), ("7", "7")])
 def test_the_users_number_of_threads_wins(monkeypatch, user, expected):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
