@@ -9,10 +9,10 @@ The theory counts weights, gradients and optimizer states, in the bytes of the p
     bf16-autocast   4        4          8
     fp16-master     2        2          12
 
-Frozen weights (a base under LoRA, PPO's reference policy and reward model) have neither gradients nor states and are never
-sharded. What a strategy shards (`Strategy.sharded`) is divided by the ranks, rounded up. Not counted: activations, logits,
-communication buffers, the fp32 copy of 16-bit gradients that lives during `step()`, and the driver's context; a measured peak
-lies above the theory by these. Source of the bytes: Rajbhandari et al. 2020, ZeRO, arXiv:1910.02054, section 3.1.
+Frozen weights (a base under LoRA, PPO's reference policy and reward model) have neither gradients nor states. What a
+strategy shards (`Strategy.sharded`) is divided by the ranks, rounded up. Not counted: activations, logits, communication
+buffers, the fp32 copy of 16-bit gradients that lives during `step()`, and the driver's context; a measured peak lies above the
+theory by these. Source of the bytes: Rajbhandari et al. 2020, ZeRO, arXiv:1910.02054, section 3.1.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ def _states(model: Network, cell: Cell, sharded: frozenset[str]) -> tuple[int, i
     """Bytes of weights, gradients and optimizer states of one model on one rank."""
     precision, trainable = cell.settings.precision, model.trainable
     own = {what: _share(trainable, cell.world_size if what in sharded else 1) for what in ("parameters", "gradients", "optimizer")}
-    weights = (model.parameters - trainable + own["parameters"]) * WEIGHT_BYTES[precision]
+    frozen = _share(model.parameters - trainable, cell.world_size if "frozen" in sharded else 1)
+    weights = (frozen + own["parameters"]) * WEIGHT_BYTES[precision]
     return weights, own["gradients"] * WEIGHT_BYTES[precision], own["optimizer"] * OPTIMIZER_BYTES[precision]
 
 

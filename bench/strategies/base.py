@@ -9,6 +9,9 @@ Contract of a prepared model (`Engine`)
   data-parallel size, so that the step's gradient is that of the global mean whatever the number of ranks.
 * `backward(loss, last=...)` is called once a micro-step; `last` is true in the step's last one (gradients synchronise there
   at the latest). `step()` clips, updates, zeroes the gradients and returns the gradient norm before clipping.
+* Between two steps, `training_state()` is all that this rank needs to go on in a new process; `load_training_state()` puts it into a
+  freshly prepared engine. The defaults suit whatever keeps a torch optimizer in `_optimizer`; an engine that keeps more (masters
+  outside its optimizer, a loss scale) adds it, and a strategy that cannot says `resumable = False`.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from bench.cell import Cell
+from bench.strategies.requirement import Requirement
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +36,8 @@ class Engine(ABC):
 
     module: nn.Module
     """Call this for every forward pass (training, scoring and, with a KV cache, generation)."""
+    _optimizer: Any
+    """A torch optimizer, or a wrapper with one in `.optim`."""
 
     @abstractmethod
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
@@ -52,6 +58,21 @@ class Engine(ABC):
         Collective: every rank calls it; rank 0 gets the weights, the others None.
         """
 
+    def training_state(self) -> dict[str, Any]:
+        """What this rank needs to go on after this step: CPU tensors and plain values (`bench.strategies.training_state`). Collective."""
+        from bench.strategies.training_state import capture
+
+        return capture(self.module, self._optimizer)
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """Go on from what `training_state` gave on this rank of a job of the same size, before the first step. Collective.
+
+        Raises CheckpointError if it does not fit.
+        """
+        from bench.strategies.training_state import restore
+
+        restore(state, self.module, self._optimizer)
+
 
 class Strategy(ABC):
     """How model and optimizer state lie over ranks."""
@@ -63,13 +84,27 @@ class Strategy(ABC):
     """One line for people."""
     uses_colossalai: ClassVar[bool] = False
     sharded: ClassVar[frozenset[str]] = frozenset()
-    """What lies in equal shares over the data-parallel ranks: parameters, gradients, optimizer."""
+    """What lies in equal shares over the data-parallel ranks: parameters, gradients, optimizer; and `frozen`, if weights do that
+    never train (the base under LoRA, PPO's reference policy and reward model)."""
+    offloaded: ClassVar[frozenset[str]] = frozenset()
+    """What lies in host memory between its uses, and so takes none of the device's: parameters, gradients, optimizer."""
+    requires: ClassVar[tuple[Requirement, ...]] = ()
+    """Packages and versions without which no cell can run."""
 
     def unsupported(self, cell: Cell) -> str | None:
-        """Why `cell` can never run under this strategy, or None. Subclasses add to it."""
+        """Why `cell` can never run under this strategy here, or None. Subclasses add to it."""
+        if missing := self.missing():
+            return missing
         if cell.settings.precision not in self.precisions:
             return f"{self.name} does not offer precision {cell.settings.precision}; it offers {', '.join(sorted(self.precisions))}"
+        if cell.settings.save_every is not None and not self.resumable:
+            return f"{self.name} cannot save its training state; `save_every: null` would be right"
         return None
+
+    def missing(self) -> str | None:
+        """What it needs and is not installed here, or None."""
+        problems = [problem for requirement in self.requires if (problem := requirement.problem())]
+        return f"{self.name}: {'; '.join(problems)}" if problems else None
 
     def forced_settings(self, cell: Cell) -> dict[str, Any]:  # noqa: ARG002 (for those that force something)
         """Settings that it replaces whatever the cell says (Gemini: optimizer), setting -> value in force."""
