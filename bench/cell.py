@@ -89,6 +89,9 @@ class Settings:
     `none`, the weights as they are."""
     lap_steps: Count = 5
     """Steps (PPO: iterations) between two readings of the clock."""
+    save_every: Count | None = None
+    """Save the training state every so many steps (PPO: iterations), at the next lap's edge, so that a trial that was stopped goes on
+    from there; null saves none. The times of a trial that went on are never ranked."""
     base_seed: Annotated[int, Field(ge=0)] = 42
     """Trial k uses seed base_seed + k."""
     device: Literal["cpu", "cuda"] = "cuda"

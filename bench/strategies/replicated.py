@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bench.cell import Cell
 from bench.strategies.base import Engine
@@ -59,6 +59,16 @@ class ReplicatedEngine(Engine):
         if dist.is_initialized() and dist.get_rank() != 0:
             return None
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self._bare.state_dict().items()}
+
+    def training_state(self) -> dict[str, Any]:
+        """See `Engine.training_state`; fp16 keeps its loss scale as well."""
+        return {**super().training_state(), **({"loss_scale": dict(vars(self._scale))} if self._scale else {})}
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """See `Engine.load_training_state`."""
+        super().load_training_state(state)
+        if self._scale:
+            vars(self._scale).update(state["loss_scale"])
 
     def _skip(self, norm: torch.Tensor) -> bool:
         """Whether fp16 overflowed; gradients are the same on every rank, so all ranks agree."""
