@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from math import ceil, comb, log, log2
-from statistics import median
+from statistics import fmean, median
 
 import numpy as np
 
@@ -108,6 +108,19 @@ class Comparison:
         """Median ratio."""
         return median(self.ratios)
 
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Interval of the median ratio at 95 %; None below 6 pairs."""
+        return Summary(self.ratios).interval
+
+    @property
+    def beyond(self) -> str | None:
+        """`faster` or `slower` where median and mean log-ratio agree on a difference beyond the threshold, else None."""
+        centre, mean = log(self.middle), fmean(map(log, self.ratios))
+        if abs(centre) <= THRESHOLD or centre * mean <= 0:
+            return None
+        return "faster" if centre > 0 else "slower"
+
 
 def compare(ratios: Sequence[float]) -> Comparison:
     """Test paired ratios (all above 0)."""
@@ -168,16 +181,17 @@ def needed_trials(comparisons: int) -> int:
 def verdicts(comparisons: Sequence[Comparison]) -> list[str]:
     """A verdict for each comparison of one family: faster, slower, equal, inconclusive, or no claim with what is lacking."""
     needed = needed_trials(len(comparisons))
-    adjusted = adjust([item.p_value for item in comparisons])
-    return [_verdict(item, p, needed) for item, p in zip(comparisons, adjusted, strict=True)]
+    differ, equal = adjust([item.p_value for item in comparisons]), adjust([item.p_equal for item in comparisons])
+    return [_verdict(item, p, q, needed) for item, p, q in zip(comparisons, differ, equal, strict=True)]
 
 
-def _verdict(item: Comparison, adjusted: float, needed: int) -> str:
+def _verdict(item: Comparison, p_differ: float, p_equal: float, needed: int) -> str:
+    """From p values that are adjusted over the family: that of a difference, and that of two one-sided tests of equality."""
     n = len(item.ratios)
     if n < FEWEST:
         return f"no claim (n={n})"
-    if adjusted <= LEVEL and abs(log(item.middle)) > THRESHOLD:
-        return "faster" if item.middle > 1 else "slower"
-    if item.p_equal <= LEVEL:
+    if p_differ <= LEVEL and item.beyond:
+        return item.beyond
+    if p_equal <= LEVEL:
         return "equal"
     return f"no claim (n={n}, needs {needed})" if n < needed else "inconclusive"

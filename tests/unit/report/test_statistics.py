@@ -76,3 +76,35 @@ def test_many_pairs_are_sampled_and_repeatable() -> None:
 def test_adjusted_p_values_are_monotone_and_at_most_one() -> None:
     assert adjust([0.9, 0.01, 0.8]) == [pytest.approx(0.9), pytest.approx(0.03), pytest.approx(0.9)]
     assert adjust([]) == []
+
+
+@pytest.mark.parametrize(
+    ("ratios", "p_value", "p_equal", "interval"),
+    [
+        ([1.1, 1.12, 1.08, 1.11, 1.09, 1.13], 0.03125, 1.0, (1.08, 1.13)),
+        ([1.021, 0.994, 1.043, 1.012, 0.981, 1.037, 1.052], 0.109375, 0.1796875, (0.981, 1.052)),
+        ([0.951, 0.972, 1.004, 0.938, 0.961, 0.990, 1.011, 0.945, 0.969, 0.957], 0.01171875, 0.5712890625, (0.945, 1.004)),
+    ],
+)
+def test_tests_and_intervals_are_those_of_scipy(ratios: list[float], p_value: float, p_equal: float, interval: tuple[float, float]) -> None:
+    """From SciPy 1.17.1: permutation_test (samples, all resamples) of the log-ratios, quantile_test(...).confidence_interval."""
+    found = compare(ratios)
+    assert (found.p_value, found.p_equal, found.interval) == (p_value, p_equal, interval)
+
+
+def test_adjusted_p_values_are_those_of_scipy() -> None:
+    """scipy.stats.false_discovery_control, 1.17.1."""
+    assert adjust([0.001, 0.04, 0.03, 0.2, 0.04, 0.9]) == pytest.approx([0.006, 0.06, 0.06, 0.24, 0.06, 0.9])
+
+
+def test_equality_is_a_claim_of_its_family_too() -> None:
+    """The smallest p of equality at 6 pairs is 1/64: enough among two comparisons, not for the only equal one among six."""
+    same, wild = compare([1.0, 1.001, 0.999, 1.002, 0.998, 1.0]), compare([1.2, 0.8, 1.3, 0.7, 1.25, 0.85])
+    assert verdicts([same, wild])[0] == "equal"
+    assert verdicts([same, *[wild] * 5])[0] == "no claim (n=6, needs 8)"
+
+
+def test_one_far_outlier_makes_no_claim_against_the_other_trials() -> None:
+    """Fifteen pairs slightly below 1 and one far above: mean and median disagree, so neither direction is claimed."""
+    assert compare([0.96] * 15 + [40.0]).beyond is None
+    assert compare([0.96] * 16).beyond == "slower"
