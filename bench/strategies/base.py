@@ -90,6 +90,8 @@ class Strategy(ABC):
     """What lies in host memory between its uses, and so takes none of the device's: parameters, gradients, optimizer."""
     requires: ClassVar[tuple[Requirement, ...]] = ()
     """Packages and versions without which no cell can run."""
+    resumable: ClassVar[bool] = True
+    """Whether its engines can save their training state and go on from it (setting `save_every`)."""
 
     def unsupported(self, cell: Cell) -> str | None:
         """Why `cell` can never run under this strategy here, or None. Subclasses add to it."""
