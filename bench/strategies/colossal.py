@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from bench.cell import Cell
 
 if TYPE_CHECKING:
     import torch
@@ -34,3 +37,32 @@ def start_colossalai(device: torch.device, *, gemini: bool = False) -> None:
         from bench.strategies import cpu_emulation
 
         (cpu_emulation.install_gemini if gemini else cpu_emulation.install)()
+
+
+SCALE_STATE = ("_scale", "_growth_step", "_hysteresis_step")
+"""What changes in DynamicGradScaler (colossalai/amp/naive_amp/grad_scaler); its own `state_dict` leaves the counters out."""
+
+
+def loss_scale_state(mixin: Any) -> dict[str, Any]:
+    """The dynamic loss scale of one of ColossalAI's mixed-precision mixins, for `Engine.training_state`; {} unless fp16."""
+    scaler = getattr(mixin, "grad_scaler", None)
+    values = {} if scaler is None else {name: getattr(scaler, name) for name in SCALE_STATE}
+    return {name: value.cpu() if hasattr(value, "cpu") else value for name, value in values.items()}
+
+
+def load_loss_scale(mixin: Any, state: dict[str, Any]) -> None:
+    """Put back what `loss_scale_state` gave."""
+    for name, value in state.items():
+        before = getattr(mixin.grad_scaler, name)
+        setattr(mixin.grad_scaler, name, value.to(before.device) if hasattr(before, "device") else value)
+
+
+def forced_hybrid(cell: Cell) -> dict[str, Any]:
+    """The setting that a strategy forces that takes ColossalAI's Adam only; on a CPU, which has no kernels of it, torch's stands in."""
+    wanted = "hybrid" if cell.settings.device == "cuda" else "adamw"
+    return {} if cell.settings.optimizer == wanted else {"optimizer": wanted}
+
+
+def in_force(cell: Cell, forced: dict[str, Any]) -> Cell:
+    """`cell` with the forced settings in place of its own."""
+    return replace(cell, settings=replace(cell.settings, **forced)) if forced else cell

@@ -78,26 +78,44 @@ def install() -> None:
 def install_gemini() -> None:
     """Let Gemini run on this rank's CPU: it takes the accelerator for a GPU, and `PlainAdam` for one of its optimizers.
 
-    Its chunks tell an offloaded shard from one on the GPU by the device's name. Here both are "cpu"; with static placement
-    nothing is offloaded, so every shard counts as one on the GPU and is never moved.
+    `cpu:0` stands for the GPU and `cpu` for host memory, so that chunks are placed and moved as on a GPU, on paper: a shard that
+    moves changes its attribute (`cuda_shard`, `cpu_shard`) and is not copied. Automatic placement sees a device without limits.
     """
+    import torch
     from colossalai.accelerator import get_accelerator
+    from colossalai.accelerator.cpu_accelerator import CpuAccelerator
+    from colossalai.legacy.utils import memory
     from colossalai.zero.gemini import gemini_optimizer
     from colossalai.zero.gemini.chunk.chunk import Chunk
+    from colossalai.zero.gemini.memory_tracer.memory_monitor import SyncCudaMemoryMonitor
 
     install()
     if get_accelerator().name == "cuda":
         return
     get_accelerator()._name = "cuda"
+    CpuAccelerator.get_current_device = _returns(torch.device("cpu", 0))
+    memory.colo_device_memory_capacity = _returns(2**40)
+    SyncCudaMemoryMonitor.start, SyncCudaMemoryMonitor.finish = _returns(None), _returns(0)
     gemini_optimizer._AVAIL_OPTIM_LIST.add(plain_adam())
     make_chunk = Chunk.__init__
 
     def make_chunk_on_device(self: Any, *arguments: Any, **named: Any) -> None:
         make_chunk(self, *arguments, **named)
-        self.shard_device = SimpleNamespace(type="cuda")
+        self.shard_device = SimpleNamespace(type="cuda" if self.shard_device.index == 0 else "cpu")
 
     Chunk.__init__ = make_chunk_on_device
-    Chunk.shard_move = _returns(None)
+    Chunk.shard_move = _move_shard
+
+
+def _move_shard(chunk: Any, device: torch.device, *_: Any, **__: Any) -> None:
+    """What `Chunk.shard_move` does where host memory is not pinned, without a copy."""
+    if not chunk.optim_sync_flag:
+        chunk._Chunk__paired_shard_move()
+        chunk.optim_sync_flag = True
+    elif device.index == 0:
+        chunk.cuda_shard, chunk.cpu_shard = chunk.cuda_shard if chunk.cpu_shard is None else chunk.cpu_shard, None
+    elif chunk.cuda_shard is not None:
+        chunk.cpu_shard, chunk.cuda_shard = chunk.cuda_shard, None
 
 
 @cache

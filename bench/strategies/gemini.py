@@ -16,11 +16,18 @@ Facts of ColossalAI 0.5.0 that this file answers for
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from bench.cell import Cell
 from bench.strategies.base import Engine, Strategy
-from bench.strategies.colossal import INITIAL_LOSS_SCALE, PLUGIN_PRECISION, start_colossalai
+from bench.strategies.colossal import (
+    INITIAL_LOSS_SCALE,
+    PLUGIN_PRECISION,
+    forced_hybrid,
+    load_loss_scale,
+    loss_scale_state,
+    start_colossalai,
+)
 from bench.strategies.precision import (
     MASTER_MODES,
     adamw_arguments,
@@ -79,6 +86,36 @@ class GeminiEngine(Engine):
         dtype = storage_dtype(self._precision)
         return {name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None, copy=True) for name, tensor in state.items()}
 
+    def training_state(self) -> dict[str, Any]:
+        """See `Engine.training_state`: this rank's shares of the chunks that the optimizer updates, and its moments."""
+        from bench.strategies.training_state import capture, kept
+
+        chunks = [kept(chunk.payload) for chunk in self._updated_chunks()]
+        return {**capture(None, self._optimizer), "chunks": chunks, "loss_scale": loss_scale_state(self._optimizer.mix_precision_mixin)}
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """See `Engine.load_training_state`. ColossalAI itself copies the masters into the working chunks."""
+        from bench.errors import CheckpointError
+        from bench.strategies.training_state import put_back, restore
+
+        chunks = self._updated_chunks()
+        if len(chunks) != len(state["chunks"]):
+            raise CheckpointError(f"the saved training state has {len(state['chunks'])} chunks; {len(chunks)} would be right")
+        for saved, chunk in zip(state["chunks"], chunks, strict=True):
+            put_back(saved, chunk.payload)
+        if self.module.master_weights:
+            for chunk in self._optimizer.chunk16_set:
+                chunk.optim_update()
+        restore(state, None, self._optimizer)
+        load_loss_scale(self._optimizer.mix_precision_mixin, state["loss_scale"])
+
+    def _updated_chunks(self) -> list[Any]:
+        """Chunks with the values that the optimizer updates (masters, if there are any), all in shards, in the order of the parameters."""
+        for chunk in self._optimizer.chunk16_set:
+            self.module.chunk_manager.release_chunk(chunk)
+        working = dict.fromkeys(self._optimizer.param_to_chunk16.values())
+        return [chunk.paired_chunk if self.module.master_weights else chunk for chunk in working]
+
 
 def _adam(parameters: list[Any], cell: Cell, learning_rate: float) -> Any:
     """HybridAdam on a GPU; on a CPU, where its kernels cannot be built, the stand-in."""
@@ -90,18 +127,19 @@ def _adam(parameters: list[Any], cell: Cell, learning_rate: float) -> Any:
 
 
 class Gemini(Strategy):
-    """Gemini with static placement on the device."""
+    """Gemini with static placement on the device; subclasses place chunks elsewhere."""
 
     name = "gemini"
     precisions = frozenset(PLUGIN_PRECISION) - {"fp32"}
     description = "ColossalAI Gemini: parameters, gradients and optimizer states in sharded chunks (ZeRO-3)"
     uses_colossalai = True
     sharded = frozenset({"parameters", "gradients", "optimizer"})
+    placement: ClassVar[dict[str, Any]] = {"placement_policy": "static"}
+    """Arguments of GeminiPlugin that say where chunks lie."""
 
     def forced_settings(self, cell: Cell) -> dict[str, Any]:
         """Gemini takes ColossalAI's Adam only; on a CPU an AdamW with the same arithmetic stands in."""
-        wanted = "hybrid" if cell.settings.device == "cuda" else "adamw"
-        return {} if cell.settings.optimizer == wanted else {"optimizer": wanted}
+        return forced_hybrid(cell)
 
     def start(self, cell: Cell, device: torch.device) -> None:  # noqa: ARG002
         """See `Strategy.start`."""
@@ -109,17 +147,17 @@ class Gemini(Strategy):
 
     def prepare(self, module: nn.Module, cell: Cell, device: torch.device, *, learning_rate: float) -> Engine:  # noqa: ARG002
         """See `Strategy.prepare`. ColossalAI itself places the model on this rank's device."""
-        return GeminiEngine(module, cell, _plugin(module, cell), learning_rate=learning_rate)
+        return GeminiEngine(module, cell, _plugin(module, cell, self.placement), learning_rate=learning_rate)
 
 
-def _plugin(module: nn.Module, cell: Cell) -> Any:
+def _plugin(module: nn.Module, cell: Cell, placement: dict[str, Any]) -> Any:
     """A fresh GeminiPlugin; a plugin serves one model."""
     from colossalai.booster.plugin import GeminiPlugin
 
     on_gpu = cell.settings.device == "cuda"
     chunk = chunk_mebielements(sum(parameter.numel() for parameter in trainable(module)))
     return GeminiPlugin(
-        placement_policy="static",
+        **placement,
         precision=PLUGIN_PRECISION[cell.settings.precision],
         master_weights=cell.settings.precision in MASTER_MODES,
         enable_gradient_accumulation=cell.accumulation > 1,
