@@ -82,6 +82,10 @@ class Settings:
     """LoRA alpha; null is 2 x rank. The scaling is alpha / rank."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass."""
+    tensor_parallel: Count = 1
+    """Ranks that split every layer between them (strategy hybrid); they see the same sequences."""
+    pipeline_parallel: Count = 1
+    """Groups of ranks with a run of layers each (strategy hybrid); they see the same sequences."""
     semantics: Literal["standard", "coati-0.2.8"] = "standard"
     """`coati-0.2.8` restores the behaviours of that release that change numbers; each is named in the record."""
     warm_start: Literal["shared", "chain", "none"] = "shared"
@@ -203,14 +207,24 @@ class Cell:
         return self.nodes * self.processes_per_node
 
     @property
+    def model_parallel_size(self) -> int:
+        """Consecutive ranks that hold one model between them and see the same sequences (tensor x pipeline parallel)."""
+        return self.settings.tensor_parallel * self.settings.pipeline_parallel
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Groups of ranks that see different sequences; planning has made sure that it is whole and not 0."""
+        return max(1, self.world_size // self.model_parallel_size)
+
+    @property
     def step_batch(self) -> int:
         """Sequences of one step over all ranks, after scaling."""
-        return self.settings.global_batch * (self.world_size if self.settings.scaling == "weak" else 1)
+        return self.settings.global_batch * (self.data_parallel_size if self.settings.scaling == "weak" else 1)
 
     @property
     def accumulation(self) -> int:
         """Micro-steps of one step; planning has made sure that it is whole."""
-        return self.step_batch // (self.settings.micro_batch * self.world_size)
+        return self.step_batch // (self.settings.micro_batch * self.data_parallel_size)
 
     @property
     def lora_alpha(self) -> float:

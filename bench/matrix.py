@@ -279,15 +279,18 @@ def _contradiction(stage: str, settings: Any) -> tuple[str, object] | None:
 
 def impossible(cell: Cell) -> str | None:
     """Why `cell` can never run, or None."""
-    settings = cell.settings
-    parallel = settings.micro_batch * cell.world_size
-    if cell.step_batch % parallel:
+    settings, ranks = cell.settings, cell.data_parallel_size
+    if cell.world_size % cell.model_parallel_size:
         return (
-            f"global batch {cell.step_batch} is no multiple of micro_batch x ranks = {settings.micro_batch} x {cell.world_size}"
-            f" = {parallel}"
+            f"{cell.world_size} ranks are no multiple of tensor_parallel x pipeline_parallel = "
+            f"{settings.tensor_parallel} x {settings.pipeline_parallel} = {cell.model_parallel_size}"
         )
-    if cell.stage == "ppo" and settings.prompts_per_iteration % cell.world_size:
-        return f"prompts_per_iteration {settings.prompts_per_iteration} is no multiple of {cell.world_size} ranks"
+    if cell.step_batch % (settings.micro_batch * ranks):
+        kind = "ranks" if cell.model_parallel_size == 1 else "data-parallel ranks"
+        parallel = settings.micro_batch * ranks
+        return f"global batch {cell.step_batch} is no multiple of micro_batch x {kind} = {settings.micro_batch} x {ranks} = {parallel}"
+    if cell.stage == "ppo" and settings.prompts_per_iteration % ranks:
+        return f"prompts_per_iteration {settings.prompts_per_iteration} is no multiple of {ranks} ranks"
     return all_strategies()[cell.strategy].unsupported(cell)
 
 
