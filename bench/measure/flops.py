@@ -267,10 +267,10 @@ def decode_bytes(network: Network, precision: str, *, batch: float, prompt: floa
 
 
 def rollout_bytes(cell: Cell, shape: Shape, counts: Mapping[str, float]) -> float:
-    """`decode_bytes` of all ranks, for the iterations that `counts` describes (PPO; each rank decodes its share as one batch)."""
+    """`decode_bytes` of all ranks, for the iterations that `counts` describes (PPO; a data-parallel rank decodes its share at once)."""
     lengths = _Lengths.of(cell, counts)
     policy = Network(shape=shape, lora_rank=cell.lora_rank)
-    ranks, settings = cell.world_size, cell.settings
+    ranks, settings = cell.data_parallel_size, cell.settings
     batch = settings.prompts_per_iteration * (ranks if settings.scaling == "weak" else 1) / ranks
     one = decode_bytes(policy, settings.precision, batch=batch, prompt=lengths.padded_prompt, response=lengths.padded_response)
     return one * counts["sequences"] / batch
