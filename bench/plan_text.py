@@ -74,7 +74,7 @@ def _stage_table(stage: str, cells: list[Cell]) -> Table:
 
 def _row(cell: Cell) -> tuple[str, ...]:
     settings = cell.settings
-    batch = f"{cell.step_batch} = {settings.micro_batch} x {cell.world_size} x {cell.accumulation}"
+    batch = f"{cell.step_batch} = {settings.micro_batch} x {cell.data_parallel_size} x {cell.accumulation}"
     shape = f"{cell.nodes} x {cell.processes_per_node}"
     return (cell.model, cell.strategy, shape, settings.precision, batch, f"{settings.launcher}, {settings.device}")
 
