@@ -58,19 +58,21 @@ def plan(
     commands: Annotated[bool, typer.Option("--commands", help="Print the lines to paste on each node.")] = False,
     write: Annotated[bool, typer.Option("--write", help="Write results/<suite>/plan.json for Snakemake.")] = False,
     results: Results = Path("results"),
+    price: Annotated[float | None, typer.Option(min=0, help="Price of a device-hour, to say what the plan costs.")] = None,
 ) -> None:
-    """Show what a suite means: cells, blocks, what each needs, and what is skipped and why."""
+    """Show what a suite means: cells, blocks, what each needs, what its trials can claim and cost, and what is skipped and why."""
     from bench.layout import Layout
     from bench.matrix import make_plan, plan_to_json, save_plan
     from bench.plan_text import command_text, plan_text
+    from bench.report.planning import plan_forecast, plan_notes
 
     made = make_plan(suite)
     if write:
         save_plan(made, Layout(results / made.suite).plan)
     if _format(format) == "json":
-        typer.echo(json.dumps(plan_to_json(made), indent=1))
+        typer.echo(json.dumps({**plan_to_json(made), **plan_forecast(made, results, price)}, indent=1))
     else:
-        typer.echo(command_text(made, results) if commands else plan_text(made))
+        typer.echo(command_text(made, results) if commands else plan_text(made, plan_notes(made, results, price)))
 
 
 @app.command()

@@ -24,8 +24,8 @@ MOST_ROWS = 100
 """Rows of one stage that are printed; the JSON form has all."""
 
 
-def plan_text(plan: Plan) -> str:
-    """The plan in words: what runs, in which blocks, what it needs, and what is skipped and why."""
+def plan_text(plan: Plan, notes: Iterable[str] = ()) -> str:
+    """The plan in words: what runs, in which blocks, what it needs, `notes` (claims and cost), and what is skipped and why."""
     console = Console(file=io.StringIO(), width=140, highlight=False)
     console.print(
         f"Suite {plan.suite}: {_count(len(plan.cells), 'cell')} x {_count(plan.trials, 'trial')} in {_count(len(plan.blocks), 'block')}; "
@@ -40,6 +40,8 @@ def plan_text(plan: Plan) -> str:
         if cells:
             console.print(_stage_table(stage, cells))
     _print_inputs(console, plan)
+    for note in notes:
+        console.print(Text(note))
     _print_skipped(console, plan.skipped)
     console.print("More: --format json (every cell and setting), --commands (the lines for each node).")
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from math import exp, log, sqrt
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +23,8 @@ POWER = 0.8
 CVS = (0.01, 0.02)
 """Coefficients of variation between trials that `plan` assumes: a quiet machine, and a usual one."""
 _EXPERIMENTS = 400
+_PATTERNS = 2048
+"""Sign patterns that a simulated test uses at the most; reports use all of them."""
 _LARGEST_LOG = log(8.0)
 
 
@@ -55,7 +58,7 @@ def detectable_difference(trials: int, *, cv: float, comparisons: int = 1) -> fl
     if trials < FEWEST or 2 / 2**trials * comparisons > LEVEL:
         return None
     noise = np.random.default_rng(0).normal(0, cv * sqrt(2), (_EXPERIMENTS, trials))
-    patterns = sign_patterns(trials)
+    patterns = _some_patterns(trials)
     flipped = noise @ patterns.T
     balance = patterns.sum(axis=1)
 
@@ -66,6 +69,15 @@ def detectable_difference(trials: int, *, cv: float, comparisons: int = 1) -> fl
 
     effect = _smallest(found)
     return None if effect is None else exp(effect) - 1
+
+
+def _some_patterns(trials: int) -> np.ndarray:
+    """All sign patterns, or the observed one and seeded draws of the others where they are many."""
+    patterns = sign_patterns(trials)
+    if len(patterns) <= _PATTERNS:
+        return patterns
+    drawn = np.random.default_rng(1).choice(len(patterns) - 1, _PATTERNS - 1, replace=False) + 1
+    return patterns[np.concatenate([[0], drawn])]
 
 
 def _smallest(found: Callable[[float], float], low: float = 0.0, high: float = _LARGEST_LOG) -> float | None:
@@ -104,6 +116,19 @@ def sample_size_lines(plan: Plan) -> list[str]:
     if not found:
         return ["Claims: none; no naive cell and strategy of one setting are both timed (fork and emulation make no timing claims)."]
     return [_line(stage, comparisons, count, plan.trials) for (stage, comparisons), count in found.items()]
+
+
+def claims_to_json(plan: Plan) -> list[dict[str, Any]]:
+    """What the planned trials can claim, for programs: an entry for each size of family."""
+    found = Counter((family.cell.stage, family.comparisons) for family in families(plan))
+    return [
+        {
+            "stage": stage, "comparisons": comparisons, "families": count, "planned_trials": plan.trials,
+            "needed_trials": needed_trials(comparisons),
+            "detectable_difference": {f"{cv:g}": detectable_difference(plan.trials, cv=cv, comparisons=comparisons) for cv in CVS},
+        }
+        for (stage, comparisons), count in found.items()
+    ]  # fmt: skip
 
 
 def _line(stage: str, comparisons: int, count: int, trials: int) -> str:

@@ -40,6 +40,17 @@ def test_plan_as_json_has_every_cell(capsys: pytest.CaptureFixture[str]) -> None
     code, out, _ = call(capsys, "plan", QUICKSTART, "--format", "json")
     content = json.loads(out)
     assert (code, len(content["cells"]), len(content["skipped"])) == (0, 42, 6)
+    assert (content["claims"], isinstance(content["cost"], list)) == ([], True)
+
+
+def test_plan_says_what_its_trials_can_claim_and_what_they_cost(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    chain = str(ROOT / "config" / "reference" / "chain-560m.yaml")
+    _, out, _ = call(capsys, "plan", chain, "--results", str(ROOT / "results"), "--price", "4")
+    assert "needs 7 trials" in out
+    assert "Cost on NVIDIA H100 80GB HBM3: " in out
+    assert " at 4 each; " in out
+    _, out, _ = call(capsys, "plan", chain, "--results", str(tmp_path))
+    assert "Cost: unknown; no earlier ok trial of " in out
 
 
 def test_plan_commands_prints_a_line_for_every_node(capsys: pytest.CaptureFixture[str]) -> None:
