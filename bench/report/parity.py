@@ -22,9 +22,10 @@ HALF_STEPS = 10
 NOTHING_TRAINED = "no token carried loss, so nothing was trained"
 PPO_SCALE = 1.0
 """The policy's loss begins near 0 (whitened advantages), so deviations of PPO are relative to at least the advantages' own scale."""
-SAME_LOSS = ("precision", "global_batch", "scaling", "launcher", "micro_batch", "lap_steps", "activation_checkpointing")
-"""Settings that a parity partner may have otherwise; the batch of a whole step stands for the first ones."""
-SAME_SPEED = ("global_batch", "scaling")
+SAME_SPEED = ("global_batch", "scaling", "tensor_parallel", "pipeline_parallel")
+"""Settings that a partner may have otherwise; the batch of a whole step stands for the first ones."""
+SAME_LOSS = (*SAME_SPEED, "precision", "launcher", "micro_batch", "lap_steps", "activation_checkpointing")
+"""Settings that a parity partner may have otherwise."""
 ROLES = ("tokenizer", "policy", "reward")
 
 
