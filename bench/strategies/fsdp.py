@@ -1,0 +1,155 @@
+"""fsdp: torch's `fully_shard` (FSDP2). Every tensor in shards over the ranks; a layer is gathered when it computes.
+
+What this file decides
+* A unit of gathering is a layer of the transformer; embeddings, last norm and head, which are often one tensor, are the root's.
+  torch keeps the root gathered between a forward and a backward pass, and so after a forward pass that none follows.
+* Gradients are reduced in every micro-step, so that they are never whole on a rank; torch's other way, to reduce in the last one
+  only, keeps whole gradients of the model meanwhile.
+* `bf16-master` and `fp16-master` are torch's `MixedPrecisionPolicy`: the shards are the fp32 masters, and a layer is rounded when it is
+  gathered. Parameters that never train are stored in 16 bits. Gradients are added up over ranks and micro-steps in fp32.
+* Generation gathers each layer anew for every token, as training does for every forward pass.
+* Frozen models (PPO's reference policy and reward model) are in shards as well.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from bench.cell import Cell
+from bench.strategies.base import Engine, Strategy
+from bench.strategies.precision import MASTER_MODES, autocast_forward, global_norm, storage_dtype, trainable
+from bench.strategies.requirement import Requirement
+from bench.strategies.update import TorchEngine
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+
+
+class FsdpEngine(TorchEngine):
+    """A model under `fully_shard`. Parameters, gradients and optimizer states are DTensors, of which this rank holds a shard."""
+
+    def __init__(self, module: nn.Module, cell: Cell, device: torch.device, *, learning_rate: float) -> None:
+        import torch.distributed as dist
+
+        self._precision, self._ranks = cell.settings.precision, dist.get_world_size()
+        store(module, self._precision)
+        if self._precision == "bf16-autocast":
+            autocast_forward(module, device)
+        self._sharded = shard(module, device, mp_policy=_policy(self._precision))
+        self.module = module
+        super().__init__(trainable(module), cell, learning_rate=learning_rate, masters=False)
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """See `Engine.backward`. FSDP averages over the ranks, so the loss is multiplied by their number."""
+        super().backward(loss * self._ranks, last=last)
+
+    def step(self) -> float | torch.Tensor:
+        """See `Engine.step`. What a forward pass left gathered is of the old weights, so it is dropped."""
+        self._sharded.reshard()
+        return super().step()
+
+    def full_state(self) -> dict[str, torch.Tensor] | None:
+        """See `Engine.full_state`. Gathers tensor by tensor."""
+        self._sharded.reshard()
+        return gathered_state(self.module, storage_dtype(self._precision))
+
+    def _local(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [tensor._local_tensor for tensor in tensors]  # type: ignore[attr-defined]
+
+    def _norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
+        import torch.distributed as dist
+
+        squared = global_norm(gradients).double().square()
+        dist.all_reduce(squared)
+        return squared.sqrt().float()
+
+
+def layers(module: nn.Module) -> list[nn.Module]:
+    """The layers of the transformer inside `module`: the members of its outermost lists of modules."""
+    from torch import nn
+
+    names = [name for name, child in module.named_modules() if isinstance(child, nn.ModuleList)]
+    outermost = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
+    return [layer for name in outermost for layer in module.get_submodule(name)]
+
+
+def store(module: nn.Module, precision: str) -> None:
+    """Round all parameters to the mode's storage type; those that train are fp32 again afterwards where the shards are the masters."""
+    dtype = storage_dtype(precision)
+    for parameter in module.parameters():
+        rounded = parameter.data.to(dtype)
+        parameter.data = rounded.float() if precision in MASTER_MODES and parameter.requires_grad else rounded
+
+
+def shard(module: nn.Module, device: torch.device, *, reshard_root: bool | None = None, **arguments: Any) -> FSDPModule:
+    """Put the parameters of `module` in shards over all ranks, in place; the same object with the methods of FSDP.
+
+    `reshard_root` null is torch's choice: what the root itself holds stays gathered after a forward pass.
+    """
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for layer in layers(module):
+        fully_shard(layer, mesh=mesh, **arguments)
+    return fully_shard(module, mesh=mesh, reshard_after_forward=reshard_root, **arguments)
+
+
+def gathered_state(module: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor] | None:
+    """The state dict of a sharded module on rank 0, in `dtype`, on the CPU; None elsewhere. Collective, tensor by tensor."""
+    import torch.distributed as dist
+
+    found = {}
+    for name, tensor in module.state_dict().items():
+        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        if dist.get_rank() == 0:
+            found[name] = whole.detach().to("cpu", dtype if whole.is_floating_point() else None, copy=True)
+    return found if dist.get_rank() == 0 else None
+
+
+def _policy(precision: str) -> MixedPrecisionPolicy:
+    """Nothing is cast on the way into a layer: what arrives is of the type that the layer before computed in, as without shards."""
+    import torch
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    if precision not in MASTER_MODES:
+        return MixedPrecisionPolicy(cast_forward_inputs=False)
+    return MixedPrecisionPolicy(param_dtype=storage_dtype(precision), reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+
+class Fsdp(Strategy):
+    """FSDP2."""
+
+    name = "fsdp"
+    precisions = frozenset({"fp32", "bf16-pure", "bf16-master", "bf16-autocast", "fp16-master"})
+    description = "torch FSDP2 (fully_shard): parameters, gradients and optimizer states in shards, layer by layer"
+    sharded = frozenset({"parameters", "gradients", "optimizer", "frozen"})
+    requires = (Requirement("torch", "2.6"),)
+
+    def unsupported(self, cell: Cell) -> str | None:
+        """See `Strategy.unsupported`."""
+        if cell.settings.optimizer == "hybrid":
+            return "fsdp: optimizer hybrid (ColossalAI's HybridAdam) takes no DTensors; adamw or fused would be right"
+        return super().unsupported(cell)
+
+    def start(self, cell: Cell, device: torch.device) -> None:  # noqa: ARG002
+        """See `Strategy.start`. torch warns of outputs that are views, since changing them in place loses gradients; no stage does."""
+        warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
+
+    def prepare(self, module: nn.Module, cell: Cell, device: torch.device, *, learning_rate: float) -> Engine:
+        """See `Strategy.prepare`. torch moves a layer to the device and cuts it before it takes the next one."""
+        return FsdpEngine(module, cell, device, learning_rate=learning_rate)
+
+    def place_frozen(self, module: nn.Module, cell: Cell, device: torch.device) -> nn.Module:
+        """See `Strategy.place_frozen`. In shards, the root's parameters too as soon as they were used."""
+        copied = copy.deepcopy(module).requires_grad_(False).eval()
+        store(copied, cell.settings.precision)
+        if cell.settings.precision == "bf16-autocast":
+            autocast_forward(copied, device)
+        shard(copied, device, reshard_root=True)
+        return copied
