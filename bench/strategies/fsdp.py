@@ -74,7 +74,7 @@ def layers(module: nn.Module) -> list[nn.Module]:
 
     names = [name for name, child in module.named_modules() if isinstance(child, nn.ModuleList)]
     outermost = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
-    return [layer for name in outermost for layer in module.get_submodule(name)]
+    return [layer for name in outermost for layer in module.get_submodule(name).children()]
 
 
 def store(module: nn.Module, precision: str) -> None:
