@@ -82,7 +82,7 @@ def a_record(cell: Cell, trial: int) -> dict[str, Any]:
     record = Record(
         cell=cell_to_json(cell), cell_id=cell.cell_id, fingerprint=fingerprint(cell, {data.name: data.sha256}, {}), trial=trial,
         seed=42 + trial, launcher="torchrun", emulated=False, simulated_nodes=False, outcome="ok", inputs=[data], parts=[part],
-        observed={"seconds": 120.0, "device_memory_peak_bytes": {"GPU-0": 12 << 30}},
+        observed={"seconds": 300.0, "device_memory_peak_bytes": {"GPU-0": 12 << 30}},
         provenance={"versions": {"python": "3.11", "torch": "2.11.0"}, "source": {"commit": "0" * 40, "locks": {"cuda.lock": "c" * 64}}},
     )  # fmt: skip
     return dict(TypeAdapter(Record).dump_python(record, mode="json"))

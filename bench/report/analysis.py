@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
 from math import log
+from pathlib import Path
 
 from bench.cell import Cell
-from bench.report.bands import Band, judge_bands
-from bench.report.inventory import BASELINE, STAGE_ORDER, Inventory, Missing, Row, cell_order
+from bench.report.bands import Band, judge_bands, read_references
+from bench.report.inventory import BASELINE, STAGE_ORDER, Inventory, Missing, Row, cell_order, read_inventory
 from bench.report.metrics import METRICS, Trial, primary_metric
 from bench.report.parity import Parity, comparison_key, judge
+from bench.report.registry import NOTHING, Given
 from bench.report.statistics import THRESHOLD, Comparison, Summary, compare, verdicts
 
 MEMORY = ("device_memory_gib", "peak_allocated_gib", "host_peak_gib")
@@ -92,10 +94,20 @@ class CellResult:
         values = [trial.values.get(name) for trial in self.ok]
         return next((value.reason for value in values if value and value.reason), "not a metric of this stage")
 
+    @cached_property
+    def impossible(self) -> str | None:
+        """What physics says against its numbers, or None."""
+        return next((problem for trial in self.ok for problem in trial.impossible), None)
+
+    @property
+    def struck(self) -> bool:
+        """Whether its losses are other than naive's, or its numbers cannot be true: shown, never ranked."""
+        return self.impossible is not None or bool(self.parity and self.parity.state == "struck")
+
     @property
     def ranked(self) -> bool:
-        """Whether its speed and memory may be compared: measured, ok, losses not struck."""
-        return bool(self.ok) and self.clock_problem is None and not (self.parity and self.parity.state == "struck")
+        """Whether its speed and memory may be compared: measured, ok, not struck."""
+        return bool(self.ok) and self.clock_problem is None and not self.struck
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,10 +175,23 @@ class Analysis:
         return tuple(RankedSet(members[0].cell, tuple(members)) for members in groups.values() if sum(it.ranked for it in members) > 1)
 
 
-def analyse(inventory: Inventory, references: Sequence[Row] = ()) -> Analysis:
-    """Work out trials, parity, bands, and comparisons with `naive`."""
-    parities, bands = judge(inventory.rows), judge_bands(inventory.rows, references)
-    trials = {row.file: Trial(row) for row in inventory.rows}
+def read_analysis(records: Path, plan: Path | None = None, references: Path | None = None, given: Given = NOTHING) -> Analysis:
+    """Read every record below `records` and work it out, one after the other, so that no laps stay in memory.
+
+    Raises UserError where there are no records.
+    """
+    trials: dict[str, Trial] = {}
+
+    def keep(row: Row) -> Row:
+        trials[row.file] = trial = Trial(row, given)
+        return replace(row, record=trial.sum_up())
+
+    return analyse(read_inventory(records, plan, keep), trials, read_references(references))
+
+
+def analyse(inventory: Inventory, trials: dict[str, Trial], references: Sequence[Row] = ()) -> Analysis:
+    """Judge parity, bands and comparisons with `naive`; `trials` has the trial of each row by its file."""
+    parities, bands = judge(inventory.rows), judge_bands(inventory.rows, references, trials)
     missing: dict[str, list[Missing]] = defaultdict(list)
     for item in inventory.missing:
         missing[item.cell.cell_id].append(item)
@@ -219,7 +244,7 @@ def _compare_speed(results: Sequence[CellResult]) -> None:
 def _why_not(result: CellResult, baseline: CellResult | None) -> str:
     if result.clock_problem:
         return "no claim (not measured)"
-    if result.parity and result.parity.state == "struck":
+    if result.struck:
         return "struck"
     if not result.ok:
         return "no claim (no ok trial)"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -58,14 +58,17 @@ def read_references(folder: Path | None) -> tuple[Row, ...]:
     return read_inventory(folder).rows
 
 
-def judge_bands(rows: Iterable[Row], references: Sequence[Row]) -> dict[str, Band]:
-    """The band verdict of every ok record that has a reference (same cell, trial and device), by file."""
+def judge_bands(rows: Iterable[Row], references: Sequence[Row], trials: Mapping[str, Trial] | None = None) -> dict[str, Band]:
+    """The band verdict of every ok record that has a reference (same cell, trial and device), by file.
+
+    `trials`, by file too, is needed where the rows have been summed up.
+    """
     stored = {_identity(row): row for row in reversed(references) if row.record.outcome == "ok"}
     found = {}
     for row in rows:
         reference = stored.get(_identity(row))
         if reference is not None and row.record.outcome == "ok":
-            found[row.file] = band_verdict(row, reference)
+            found[row.file] = band_verdict(row, reference, trials[row.file] if trials else None)
     return found
 
 
@@ -73,10 +76,10 @@ def _identity(row: Row) -> tuple[str, int, str]:
     return row.record.cell_id, row.record.trial, device_name(row.record)
 
 
-def band_verdict(row: Row, reference: Row) -> Band:
-    """Compare one trial with its reference: curve, final loss, step time, memory."""
+def band_verdict(row: Row, reference: Row, trial: Trial | None = None) -> Band:
+    """Compare one trial with its reference: curve, final loss, step time, memory; `trial` where `row` has been summed up."""
     mine, theirs = losses(row.record), losses(reference.record)
-    checks = [*_curve_checks(mine, theirs), *_cost_checks(Trial(row), Trial(reference))]
+    checks = [*_curve_checks(mine, theirs), *_cost_checks(trial or Trial(row), Trial(reference))]
     return Band(reference.file, tuple(checks))
 
 

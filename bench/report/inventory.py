@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,14 +80,17 @@ def cell_order(cell: Cell) -> tuple[object, ...]:
     )
 
 
-def read_inventory(records: Path, plan: Path | None = None) -> Inventory:
-    """Read every `*.json` below `records`. Raises UserError if the folder is missing or holds no JSON file at all."""
+def read_inventory(records: Path, plan: Path | None = None, keep: Callable[[Row], Row] = lambda row: row) -> Inventory:
+    """Read every `*.json` below `records`. Raises UserError if the folder is missing or holds no JSON file at all.
+
+    `keep` gets each valid row as it was read and returns what is kept of it: many thousand records do not fit into memory whole.
+    """
     if not records.is_dir():
         raise UserError(f"{records}: there is no such folder; give the folder of records, for example results/quickstart/records")
     files = sorted(path for path in records.rglob("*.json") if not path.name.startswith("."))
     if not files and plan is None:
         raise UserError(f"{records}: no records; seen: no *.json file below it; run a suite first (`coati-bench run SUITE`)")
-    rows, bad_files = _read_rows(records, files)
+    rows, bad_files = _read_rows(records, files, keep)
     if not rows and not bad_files:
         raise UserError(f"{records}: no records; seen: 0 of the planned trials; run the suite first (`coati-bench run SUITE`)")
     return Inventory(tuple(sorted(rows, key=_row_order)), tuple(bad_files), load_plan(plan) if plan else None)
@@ -97,7 +100,7 @@ def _row_order(row: Row) -> tuple[object, ...]:
     return (*cell_order(row.cell), row.record.trial, row.file)
 
 
-def _read_rows(records: Path, files: Iterable[Path]) -> tuple[list[Row], list[BadFile]]:
+def _read_rows(records: Path, files: Iterable[Path], keep: Callable[[Row], Row]) -> tuple[list[Row], list[BadFile]]:
     rows: list[Row] = []
     bad_files: list[BadFile] = []
     first: dict[tuple[str, int], str] = {}
@@ -109,7 +112,7 @@ def _read_rows(records: Path, files: Iterable[Path]) -> tuple[list[Row], list[Ba
             continue
         known = first.setdefault((row.record.cell_id, row.record.trial), name)
         if known == name:
-            rows.append(row)
+            rows.append(keep(row))
         else:
             bad_files.append(BadFile(name, f"repeats trial {row.record.trial} of the cell in {known}, which is the one shown"))
     return rows, bad_files

@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from bench.report.analysis import analyse
-from bench.report.bands import read_references
+from bench.report.analysis import read_analysis
 from bench.report.export import csv_text, result_rows, result_table, write_parquet
 from bench.report.html import html
-from bench.report.inventory import read_inventory
 from bench.report.markdown import markdown
 from bench.report.page import make_page
+from bench.report.registry import NOTHING, Given
 
 
 class ReportPaths(NamedTuple):
@@ -23,13 +22,16 @@ class ReportPaths(NamedTuple):
     csv: Path
 
 
-def make_report(records: Path, output: Path, *, plan: Path | None = None, references: Path | None = None) -> ReportPaths:
+def make_report(
+    records: Path, output: Path, *, plan: Path | None = None, references: Path | None = None, given: Given = NOTHING
+) -> ReportPaths:
     """Write report.html, report.md, results.parquet and results.csv into `output`.
 
-    `plan` (plan.json) adds what was skipped and what is missing; `references` (stored records) adds the reference band.
+    `plan` (plan.json) adds what was skipped and what is missing; `references` (stored records) adds the reference band; `given` what no
+    record says.
     Raises UserError where there are no records. Files that are no valid records are named in the report, not dropped.
     """
-    analysis = analyse(read_inventory(records, plan), read_references(references))
+    analysis = read_analysis(records, plan, references, given)
     page = make_page(analysis)
     paths = ReportPaths(*(output / name for name in ("report.html", "report.md", "results.parquet", "results.csv")))
     output.mkdir(parents=True, exist_ok=True)

@@ -25,8 +25,8 @@ SYMBOLS = {
     "missing": "?",
 }
 STATE_WORDS = {
-    "ok": "ran, losses not struck",
-    "struck": "ran, but the losses are struck",
+    "ok": "ran, not struck",
+    "struck": "ran, but is struck",
     "failed": "a trial did not end ok",
     "skipped": "impossible, with a reason",
     "missing": "planned, no record",
@@ -112,9 +112,6 @@ def make_page(analysis: Analysis) -> Page:
     """Everything that the report says, in the order in which it says it."""
     inventory = analysis.inventory
     skipped = [(without_paths(item.reason), cell_words(item.cell)) for item in inventory.plan.skipped] if inventory.plan else []
-    struck = [
-        (parity.reason, cell_words(analysis.trials[file].cell)) for file, parity in analysis.parities.items() if parity.state == "struck"
-    ]
     return Page(
         title=inventory.title,
         sentences=tuple(sentences(analysis)),
@@ -123,7 +120,7 @@ def make_page(analysis: Analysis) -> Page:
         answers=tuple(answers(analysis)),
         stages=tuple(_stage(analysis, stage) for stage in analysis.stages),
         failures=tuple(_failures(analysis)),
-        struck=tuple(_notices(struck)),
+        struck=tuple(_notices(_struck(analysis))),
         skipped=tuple(_notices(skipped)),
         missing=tuple(f"{cell_words(item.cell)} · trial {item.trial}" for item in inventory.missing),
         bad_files=tuple(BadFile(item.file, without_paths(item.problem)) for item in inventory.bad_files),
@@ -132,6 +129,16 @@ def make_page(analysis: Analysis) -> Page:
         data=tuple(data_sets(inventory.rows)),
         strategies=tuple((name, style_of(name, analysis)) for name in analysis.strategies),
     )
+
+
+def _struck(analysis: Analysis) -> Iterable[tuple[str, str]]:
+    """Why a trial that ended ok is struck, and its cell: its losses, or numbers that cannot be true."""
+    for file, parity in analysis.parities.items():
+        if parity.state == "struck":
+            yield parity.reason, cell_words(analysis.trials[file].cell)
+    for result in analysis.results:
+        for trial in result.ok:
+            yield from ((f"impossible: {problem}", cell_words(result.cell)) for problem in trial.impossible)
 
 
 def _badges(analysis: Analysis) -> Iterable[str]:
@@ -226,6 +233,6 @@ def _sortable(value: object) -> tuple[str, int]:
 def _state(result: CellResult) -> str:
     if any(name not in ("ok", "missing") for name in result.outcomes):
         return "failed"
-    if result.parity and result.parity.state == "struck":
+    if result.struck:
         return "struck"
     return "missing" if result.missing else "ok"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property, wraps
+from typing import Any, TypeVar, cast
 
 from bench.cell import SETTINGS, Cell
-from bench.record import Part, Record
+from bench.record import Lap, Part, Record
 from bench.report.inventory import Row
 from bench.report.parity import NOTHING_TRAINED, trained_nothing
 from bench.report.windows import Window, cut_window, job_laps
@@ -35,6 +36,11 @@ class Metric:
     clocked: bool
     """A time or memory, which means nothing where the run was emulated, simulated or forked."""
     compute: Callable[[Trial], float]
+
+    @property
+    def is_time(self) -> bool:
+        """Whether it says something wrong where the clock or the counts are wrong."""
+        return self.clocked and self.unit not in ("GiB", "J")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +78,29 @@ def metric(
     return register
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Given:
+    """What a report is told that no record says."""
+
+    price_per_device_hour: float | None = None
+    currency: str = ""
+    ceilings: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Matrix products of a device as `doctor --bench` measured them: device name -> type -> FLOP/s."""
+
+
+NOTHING = Given()
+Result = TypeVar("Result")
+
+
 class Trial:
     """One record as the metrics see it."""
 
-    def __init__(self, row: Row) -> None:
+    def __init__(self, row: Row, given: Given = NOTHING) -> None:
         self.record: Record = row.record
         self.cell: Cell = row.cell
+        self.given = given
+        self.found: dict[str, Any] = {}
+        """What `once` keeps."""
 
     @cached_property
     def values(self) -> dict[str, Value]:
@@ -85,6 +108,8 @@ class Trial:
         return {name: self._value(item) for name, item in METRICS.items() if self.cell.stage in item.stages}
 
     def _value(self, item: Metric) -> Value:
+        if item.is_time and self.impossible_times:
+            return Value(None, f"withheld: {self.impossible_times[0]}")
         try:
             return Value(item.compute(self))
         except NoValue as reason:
@@ -94,6 +119,13 @@ class Trial:
     def window(self) -> Window | None:
         """The laps that count, or None."""
         return cut_window(job_laps(self.record), self.cell.stage)
+
+    def sum_up(self) -> Record:
+        """Work everything out, then keep only the sum of the laps, and return the record that is left: a hundred laps are half of it."""
+        _ = self.values, self.window, self.impossible
+        parts = [replace(part, laps=_one_lap(part.laps)) for part in self.record.parts]
+        self.record = replace(self.record, parts=parts)
+        return self.record
 
     @property
     def lead(self) -> Part:
@@ -111,7 +143,20 @@ class Trial:
             return "the nodes were simulated on one machine"
         if self.record.launcher != "torchrun":
             return f"ranks were started by {self.record.launcher}, which makes no timing claims"
+        if any(flag.startswith("resumed") for flag in self.record.flags):
+            return "the trial was stopped and went on later"
         return None
+
+    @cached_property
+    def impossible_times(self) -> tuple[str, ...]:
+        """What physics says against this trial's clock or counts; its times are withheld then."""
+        return () if self.clock_problem else tuple(problem for find in TIME_GATES for problem in find(self))
+
+    @cached_property
+    def impossible(self) -> tuple[str, ...]:
+        """Everything that cannot be true of this trial, which strikes it; nothing is asked of clocks that do not count."""
+        memory = () if self.clock_problem else (problem for find in MEMORY_GATES for problem in find(self))
+        return (*self.impossible_times, *memory)
 
     def timed(self) -> Window:
         """The window of a job whose ranks are all there; NoValue otherwise."""
@@ -120,38 +165,46 @@ class Trial:
             raise NoValue(f"ranks without a part: {', '.join(map(str, missing))}")
         if self.window is None:
             raise NoValue("no lap was finished")
-        if any(lap.seconds <= 0 for lap in self.window.laps):
+        if any(seconds <= 0 for lap in self.window.seconds_by_lap for seconds in lap):
             raise NoValue("withheld: a lap took no time, so the clock is wrong")
         return self.window
 
+    def total(self, unit: str) -> int:
+        """Units of the window; NoValue if the laps do not count them, or there are none."""
+        found = self.timed().total(unit)
+        if found is None:
+            raise NoValue(f"the laps do not count {unit}")
+        if found == 0:
+            raise NoValue(f"the window has no {unit}")
+        return found
+
     def rate(self, unit: str) -> float:
         """Units per second of the window; NoValue if the laps do not count them."""
-        window = self.timed()
-        total = window.total(unit)
-        if total is None:
-            raise NoValue(f"the laps do not count {unit}")
-        if total == 0:
-            raise NoValue(f"the window has no {unit}")
-        padded = window.total("padded_tokens")
-        if unit in ("loss_tokens", "tokens") and padded is not None and total > padded:
-            raise NoValue(f"withheld: {total} {unit} are more than {padded} tokens with padding")
-        return total / window.elapsed
+        return self.total(unit) / self.timed().elapsed
 
-    def largest(self, what: str, read: Callable[[Part], int | None]) -> float:
-        """Largest value over ranks, in GiB."""
+    @property
+    def phases(self) -> dict[str, float]:
+        """Seconds of the window by phase, slowest rank of each lap; NoValue where there are none."""
+        phases = self.timed().phases
+        if not phases:
+            raise NoValue("the laps have no phases")
+        return phases
+
+    def in_phases(self, *names: str) -> float:
+        """Seconds of the window in some phases; NoValue if none of them took any."""
+        seconds = sum(self.phases.get(name, 0.0) for name in names)
+        if seconds <= 0:
+            raise NoValue(f"no time in {' or '.join(names)}")
+        return seconds
+
+    def largest(self, what: str, read: Callable[[Part], int | None]) -> int:
+        """Largest value over ranks, in bytes; NoValue where a rank has none."""
         values = [read(part) for part in self.record.parts]
         known = [value for value in values if value is not None]
         if not known or len(known) < len(values):
             notes = sorted({note for part in self.record.parts for note in part.memory.notes})
             raise NoValue("; ".join(notes) or f"no rank read {what}")
-        return self.possible(max(known)) / GIB
-
-    def possible(self, value: int) -> int:
-        """`value` bytes, unless the card has less; NoValue then."""
-        card = self.record.lead.facts.get("device_total_bytes") if self.record.lead else None
-        if isinstance(card, int) and value > card:
-            raise NoValue(f"withheld: {value / GIB:.1f} GiB are more than the card's {card / GIB:.1f} GiB")
-        return value
+        return max(known)
 
     def series(self, name: str) -> list[float]:
         """A series of the job; NoValue if there is none."""
@@ -161,3 +214,39 @@ class Trial:
         if not values:
             raise NoValue(f"no series {name!r}")
         return values
+
+
+def _one_lap(laps: list[Lap]) -> list[Lap]:
+    """The sum of some laps, so that what was counted at all stays known."""
+    if not laps:
+        return []
+    units = dict.fromkeys(unit for lap in laps for unit in lap.counts)
+    counts = {unit: sum(lap.counts.get(unit, 0) for lap in laps) for unit in units}
+    return [
+        Lap(first_step=laps[0].first_step, steps=sum(lap.steps for lap in laps), seconds=sum(lap.seconds for lap in laps), counts=counts)
+    ]
+
+
+def once(compute: Callable[[Trial], Result]) -> Callable[[Trial], Result]:
+    """`compute`, which several metrics ask for, worked out once a trial, its NoValue too."""
+    name = f"{compute.__module__}.{compute.__name__}"
+
+    @wraps(compute)
+    def found(trial: Trial) -> Result:
+        if name not in trial.found:
+            try:
+                trial.found[name] = compute(trial)
+            except NoValue as reason:
+                trial.found[name] = reason
+        if isinstance(trial.found[name], NoValue):
+            raise trial.found[name]
+        return cast("Result", trial.found[name])
+
+    return found
+
+
+Gate = Callable[[Trial], Iterable[str]]
+TIME_GATES: list[Gate] = []
+"""Checks of physics on times and counts: each yields what cannot be true."""
+MEMORY_GATES: list[Gate] = []
+"""Checks of physics on memory."""

@@ -190,8 +190,10 @@ def metric_cell(result: CellResult, name: str) -> TableCell:
 
 
 def outcome_cell(result: CellResult) -> TableCell:
-    """`ok`, or how many trials ended how."""
+    """`ok`, or how many trials ended how; `impossible` where physics speaks against the numbers."""
     outcomes = result.outcomes
+    if result.impossible:
+        return TableCell("impossible", result.impossible, "impossible", "bad", result.impossible)
     notes = [
         flag
         for flag, shown in (("indicative", _is_indicative(result)), ("not steady", result.unsteady and not result.clock_problem))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from functools import lru_cache
 from statistics import median
+from typing import Any
+
+import numpy as np
 
 from bench.record import Lap, Part, Record
 
@@ -33,11 +36,19 @@ class JobLap:
     """Of the slowest rank in the lap."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Window:
-    """The laps that count."""
+    """The laps that count, summed up: a report of many thousand records keeps no single lap."""
 
-    laps: tuple[JobLap, ...]
+    steps_by_lap: tuple[int, ...]
+    seconds_by_lap: tuple[tuple[float, ...], ...]
+    """Seconds of each lap on each rank."""
+    counts: dict[str, int]
+    """Units over all laps and data-parallel ranks; a unit that a lap lacks is left out."""
+    phases: dict[str, float]
+    """Seconds by phase over all laps, each of its slowest rank."""
+    phase_share: float
+    """Largest share of a lap that its phases claim; above 1 is impossible."""
     dropped: int
     """Warm-up laps before them."""
     steady: bool | None
@@ -46,19 +57,23 @@ class Window:
     """Why it is too short to publish, or None."""
 
     @property
+    def seconds_by_rank(self) -> tuple[float, ...]:
+        """Seconds of each rank over the window."""
+        return tuple(map(sum, zip(*self.seconds_by_lap, strict=True)))
+
+    @property
     def elapsed(self) -> float:
         """Seconds of the slowest rank over the window."""
-        return max(map(sum, zip(*(lap.seconds_by_rank for lap in self.laps), strict=True)))
+        return max(self.seconds_by_rank)
 
     @property
     def steps(self) -> int:
         """Steps (PPO: iterations) in the window."""
-        return sum(lap.steps for lap in self.laps)
+        return sum(self.steps_by_lap)
 
     def total(self, unit: str) -> int | None:
         """Units over all laps and ranks; None if the laps do not count them."""
-        counts = [lap.counts[unit] for lap in self.laps if unit in lap.counts]
-        return sum(counts) if len(counts) == len(self.laps) else None
+        return self.counts.get(unit)
 
 
 def counting_parts(parts: Sequence[Part]) -> list[Part]:
@@ -82,12 +97,15 @@ def job_laps(record: Record) -> list[JobLap]:
 
 
 def _merge(laps: tuple[Lap, ...], counted: list[bool]) -> JobLap:
+    if len(laps) == 1:
+        only = laps[0]
+        return JobLap(only.first_step, only.steps, only.seconds, (only.seconds,), only.counts, only.phases)
     slowest = max(laps, key=lambda lap: lap.seconds)
     working = [lap for lap, counts in zip(laps, counted, strict=True) if counts]
     units = [unit for unit in working[0].counts if all(unit in lap.counts for lap in working)]
     counts = {unit: sum(lap.counts[unit] for lap in working) for unit in units}
     seconds = tuple(lap.seconds for lap in laps)
-    return JobLap(slowest.first_step, slowest.steps, slowest.seconds, seconds, counts, dict(slowest.phases))
+    return JobLap(slowest.first_step, slowest.steps, slowest.seconds, seconds, counts, slowest.phases)
 
 
 def cut_window(laps: Sequence[JobLap], stage: str) -> Window | None:
@@ -95,13 +113,18 @@ def cut_window(laps: Sequence[JobLap], stage: str) -> Window | None:
     if not laps:
         return None
     floor = WARM_UP_LAPS[stage] if len(laps) > WARM_UP_LAPS[stage] else min(1, len(laps) - 1)
-    dropped = floor
-    while is_steady(laps[dropped:]) is False and dropped < max(floor, len(laps) // 2):
-        dropped += 1
-    if is_steady(laps[dropped:]) is False:
-        dropped = floor
-    kept = tuple(laps[dropped:])
-    return Window(kept, dropped, is_steady(kept), _why_indicative(kept, floor, stage))
+    choices = ((dropped, is_steady(laps[dropped:])) for dropped in range(floor, max(floor, len(laps) // 2) + 1))
+    dropped, steady = next((choice for choice in choices if choice[1] is not False), (floor, False))
+    kept = laps[dropped:]
+    names = dict.fromkeys(name for lap in kept for name in lap.phases)
+    units = [unit for unit in kept[0].counts if all(unit in lap.counts for lap in kept)]
+    return Window(
+        steps_by_lap=tuple(lap.steps for lap in kept), seconds_by_lap=tuple(lap.seconds_by_rank for lap in kept),
+        counts={unit: sum(lap.counts[unit] for lap in kept) for unit in units},
+        phases={name: sum(lap.phases.get(name, 0.0) for lap in kept) for name in names},
+        phase_share=max((sum(lap.phases.values()) / lap.seconds for lap in kept if lap.seconds > 0), default=0.0),
+        dropped=dropped, steady=steady, indicative=_why_indicative(kept, floor, stage),
+    )  # fmt: skip
 
 
 def _why_indicative(laps: Sequence[JobLap], floor: int, stage: str) -> str | None:
@@ -131,5 +154,12 @@ def is_steady(laps: Sequence[JobLap]) -> bool | None:
 def theil_sen(values: Sequence[float]) -> float:
     """Median of all pairwise slopes per index (Theil 1950, Sen 1968); long series are thinned evenly first."""
     step = max(1, -(-len(values) // LARGEST_SLOPE_POINTS))
-    points = list(enumerate(values))[::step]
-    return median((later - earlier) / (j - i) for (i, earlier), (j, later) in combinations(points, 2))
+    points = np.asarray(values, dtype=float)[::step]
+    earlier, later = _pairs(len(points))
+    return float(np.median((points[later] - points[earlier]) / ((later - earlier) * step)))
+
+
+@lru_cache(maxsize=LARGEST_SLOPE_POINTS)
+def _pairs(count: int) -> tuple[Any, ...]:
+    """Index arrays of all pairs of `count` points, the earlier and the later of each."""
+    return np.triu_indices(count, 1)
