@@ -1,0 +1,75 @@
+"""Whole stages under the strategies that are not ColossalAI's: they come out as under naive, and say what they cannot."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+
+from bench.record import Part
+from bench.strategies.base import all_strategies
+from tests.trials import only, run_forked, tiny_cell, tiny_trial
+
+STRATEGIES = ["fsdp"]
+SIZES = {
+    "sft": {"steps": 4, "global_batch": 8, "sequence_length": 64, "learning_rate": 1e-2},
+    "rm": {"steps": 4, "global_batch": 8, "sequence_length": 64, "learning_rate": 5e-3},
+    "ppo": {
+        "iterations": 2, "prompts_per_iteration": 16, "global_batch": 8, "prompt_length": 16, "response_length": 8, "sequence_length": 64,
+        "learning_rate": 1e-3, "ptx": "synthetic-instruct", "ptx_coef": 0.2, "ppo_epochs": 2, "lap_steps": 1,
+    },
+}  # fmt: skip
+SERIES = {stage: ("loss", "gradient_norm") for stage in SIZES} | {
+    "ppo": ("loss", "gradient_norm", "critic_gradient_norm", "reward", "kl", "entropy", "value_loss", "policy_loss", "ptx_loss")
+}
+FIRST, LATER = 1e-5, 1e-4
+"""Largest relative deviation from naive in fp32, of the first loss and of a whole series (below 1: absolute)."""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Run a tiny trial of a stage; every one once."""
+    root = tmp_path_factory.mktemp("others")
+
+    @cache
+    def run(stage: str, strategy: str, ranks: int, **changes) -> Part:
+        cell = tiny_cell(stage, **{**SIZES[stage], "strategy": strategy, "processes_per_node": ranks, "held_out_rows": 12, **changes})
+        reason = all_strategies()[strategy].unsupported(cell)
+        if reason:
+            pytest.skip(reason)
+        return only(run_forked(tiny_trial(cell, root / cell.cell_id)))
+
+    return run
+
+
+def deviation(part: Part, other: Part, names: tuple[str, ...]) -> float:
+    pairs = [pair for name in names for pair in zip(part.series[name], other.series[name], strict=True)]
+    pairs += [(part.held_out[name], other.held_out[name]) for name in other.held_out]
+    return max(abs(a - b) / max(1.0, abs(b)) for a, b in pairs)
+
+
+@pytest.mark.parametrize("lora_rank", [0, 8])
+@pytest.mark.parametrize("stage", SIZES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_stage_on_two_ranks_is_that_of_naive(run, strategy, stage, lora_rank):
+    seen = run(stage, strategy, 2, micro_batch=2, lora_rank=lora_rank)
+    naive = run(stage, "naive", 1, micro_batch=8, lora_rank=lora_rank)
+    assert seen.series["loss"][0] == pytest.approx(naive.series["loss"][0], rel=FIRST, abs=FIRST)
+    assert deviation(seen, naive, SERIES[stage]) < LATER
+    assert seen.facts["initial_weights_sha256"] == naive.facts["initial_weights_sha256"]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("lora_rank", [0, 8])
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_sft_on_one_and_four_ranks_is_that_of_naive(run, strategy, lora_rank, ranks):
+    seen = run("sft", strategy, ranks, micro_batch=2, lora_rank=lora_rank)
+    assert deviation(seen, run("sft", "naive", 1, micro_batch=8, lora_rank=lora_rank), SERIES["sft"]) < LATER
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("stage", SIZES)
+def test_a_stage_trains_in_16_bits_with_fp32_masters(run, strategy, stage):
+    seen, naive = (run(stage, kind, ranks, micro_batch=2, precision="bf16-master") for kind, ranks in ((strategy, 2), ("naive", 1)))
+    assert seen.series["loss"][0] == pytest.approx(naive.series["loss"][0], rel=2e-2, abs=2e-2)
+    assert seen.facts["precision"] == "bf16-master"
