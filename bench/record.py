@@ -77,6 +77,8 @@ class Part:
     """Where the rank was when it ended: start, load, train, evaluate, save, done."""
     step: int = 0
     """Steps (PPO: iterations) finished."""
+    resumed_step: int | None = None
+    """Step (PPO: iteration) that it went on from after it had been stopped; laps and series before that are those of the stopped try."""
     laps: list[Lap] = field(default_factory=list)
     """All of them, warm-up included; the report cuts."""
     series: dict[str, list[Finite]] = field(default_factory=dict)
@@ -122,6 +124,8 @@ class Record:
     """ColossalAI ran on a CPU behind stand-ins: times and memory mean nothing."""
     simulated_nodes: bool
     """The nodes were agents on one machine: times mean nothing."""
+    resumed_step: int | None = None
+    """Step (PPO: iteration) that the trial went on from after it had been stopped; its times and memory are then never ranked."""
     outcome: Outcome
     reason: str | None = None
     """Why the outcome is not ok: rank, phase, step, exit code, requested bytes, last log lines."""

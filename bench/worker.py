@@ -14,7 +14,7 @@ import socket
 import sys
 import time
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from bench.errors import BenchError, MachineError
 from bench.measure.clock import LapClock, synchronise
 from bench.measure.memory import MemoryWatch
 from bench.record import Lap, Outcome, Part, save_part, write_json
+from bench.resume import Resume
 from bench.stages.base import Place, Stage, StepReport, build_stage
 from bench.strategies.base import Strategy, all_strategies
 from bench.trial import Trial, load_trial
@@ -81,6 +82,19 @@ class Findings:
     seconds: dict[str, float] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     watch: MemoryWatch | None = None
+    resumed_step: int | None = None
+
+    def keep(self) -> dict[str, Any]:
+        """What belongs to the steps done so far, as plain values."""
+        laps = [asdict(lap) for lap in self.laps]
+        return {"laps": laps, "series": self.series, "held_out": self.held_out, "non_finite": self.facts.get("non_finite", {})}
+
+    def take_up(self, step: int, kept: dict[str, Any]) -> None:
+        """Go on from what `keep` gave after `step` steps."""
+        self.resumed_step = step
+        self.laps = [Lap(**lap) for lap in kept["laps"]]
+        self.series, self.held_out = kept["series"], kept["held_out"]
+        self.facts |= {"non_finite": kept["non_finite"]} if kept["non_finite"] else {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,8 +124,13 @@ class Rank:
         self._spend("start", time.time() - self._born)
         self.heart.enter("load")
         stage = self._load(strategy, place)
-        self._evaluate(stage, place, "before")
-        self._train(stage, place)
+        resume = Resume(self.trial, stage, place)
+        done, kept = resume.begin()
+        if done:
+            self.found.take_up(done, kept)
+        else:
+            self._evaluate(stage, place, "before")
+        self._train(stage, place, resume, done)
         self._evaluate(stage, place, "after")
         if self.trial.save_to is not None:
             self.heart.enter("save")
@@ -159,14 +178,14 @@ class Rank:
                 raise Diverged(f"held-out {name} {edge} training is {value}")
             self.found.held_out[f"{name}_{edge}"] = value
 
-    def _train(self, stage: Stage, place: Place) -> None:
-        """All steps, in laps."""
-        self.heart.enter("train", 0)
+    def _train(self, stage: Stage, place: Place, resume: Resume, done: int) -> None:
+        """All steps but the first `done`, in laps."""
+        self.heart.enter("train", done)
         clock, watch = LapClock(place.device), self.found.watch
         assert watch is not None
         watch.start()
         lap_steps = self.cell.settings.lap_steps
-        for first in range(0, stage.total, lap_steps):
+        for first in range(done, stage.total, lap_steps):
             reports = []
             clock.start()
             for index in range(first, min(first + lap_steps, stage.total)):
@@ -177,6 +196,16 @@ class Rank:
             seconds = clock.stop()
             self._take(reports, first, seconds)
             self.heart.enter("train", first + len(reports))
+            self._save(resume, first, first + len(reports))
+
+    def _save(self, resume: Resume, first: int, done: int) -> None:
+        """Save the training state at a lap's edge, outside the laps, if it is time to."""
+        if resume.is_due(first, done):
+            self.heart.enter("save")
+            begin = time.perf_counter()
+            resume.save(done, self.found.keep())
+            self._spend("saves", time.perf_counter() - begin)
+            self.heart.enter("train")
 
     def _first_step(self, place: Place) -> None:
         """The one extra synchronisation, in the first lap, which is warm-up: how long it took to get going, evaluation left out."""
@@ -221,8 +250,8 @@ class Rank:
             Part(
                 rank=self.rank, local_rank=self.local_rank, node=self.node, world_size=self.world_size, hostname=socket.gethostname(),
                 pid=os.getpid(), outcome=ending.outcome, reason=ending.reason, phase=self.heart.phase, step=self.heart.step,
-                laps=self.found.laps, series=self.found.series, held_out=self.found.held_out, seconds=self.found.seconds,
-                facts=self.found.facts, **({} if watch is None else {"memory": watch.read()}),
+                resumed_step=self.found.resumed_step, laps=self.found.laps, series=self.found.series, held_out=self.found.held_out,
+                seconds=self.found.seconds, facts=self.found.facts, **({} if watch is None else {"memory": watch.read()}),
             ),
             self.trial.part_path(self.rank),
         )  # fmt: skip

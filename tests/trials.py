@@ -79,6 +79,11 @@ def run_forked(trial: Trial) -> list[Part]:
 
 def fork_ranks(trial: Trial) -> list[int]:
     """Run every rank of `trial` in a forked process; return the exit codes."""
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in start_ranks(trial)]
+
+
+def start_ranks(trial: Trial) -> list[int]:
+    """Start every rank of `trial` in a forked process; return their ids."""
     import torch
 
     import bench.worker
@@ -90,8 +95,7 @@ def fork_ranks(trial: Trial) -> list[int]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    pids = [_fork(bench.worker.run_rank, trial, rank, cell, port) for rank in range(cell.world_size)]
-    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    return [_fork(bench.worker.run_rank, trial, rank, cell, port) for rank in range(cell.world_size)]
 
 
 def _fork(run: Any, trial: Trial, rank: int, cell: Cell, port: str) -> int:

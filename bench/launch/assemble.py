@@ -45,6 +45,7 @@ def assemble(
         launcher=launcher,
         emulated=strategy.emulated(cell),
         simulated_nodes=simulated_nodes,
+        resumed_step=resumed_step(parts),
         outcome=verdict.outcome,
         reason=verdict.reason,
         flags=[*flags(trial, parts), *(more_flags or [])],
@@ -59,6 +60,8 @@ def flags(trial: Trial, parts: list[Part]) -> list[str]:
     """What a reader must know: switches of old semantics, settings that the strategy forced, missing ranks, too short a window."""
     cell = trial.parsed_cell
     found = [f"semantics: {switch}" for switch in cell.semantics_switches]
+    if (step := resumed_step(parts)) is not None:
+        found.append(f"resumed: step {step}")
     found += [f"forced: {key}={value}" for key, value in sorted(all_strategies()[cell.strategy].forced_settings(cell).items())]
     missing = sorted(set(range(cell.world_size)) - {part.rank for part in parts})
     if missing:
@@ -66,6 +69,11 @@ def flags(trial: Trial, parts: list[Part]) -> list[str]:
     if parts and is_indicative(cell.stage, parts):
         found.append("indicative")
     return found
+
+
+def resumed_step(parts: list[Part]) -> int | None:
+    """Step that a stopped trial went on from; None for one that ran in one go."""
+    return max((part.resumed_step for part in parts if part.resumed_step is not None), default=None)
 
 
 def is_indicative(stage: str, parts: list[Part]) -> bool:

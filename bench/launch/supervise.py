@@ -31,6 +31,7 @@ from bench.measure.nvml import Device
 from bench.measure.provenance import utc_now
 from bench.measure.telemetry import Telemetry
 from bench.record import Part, Record, load_part, save_record
+from bench.saves import drop_saves
 from bench.trial import Trial, save_trial
 
 MOST_TRIES = 3
@@ -80,6 +81,7 @@ def run_trial(
             parts=list(tried.parts), observed=tried.observed, provenance=provenance, more_flags=list(tried.flags),
         )  # fmt: skip
     leave(record, record_path, Path(trial.work))
+    drop_saves(trial, record.outcome)
     return record
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from bench.cell import Cell
-    from bench.strategies.base import Strategy
+    from bench.strategies.base import Engine, Strategy
     from bench.trial import Trial
 
 
@@ -80,6 +80,8 @@ class Stage(Protocol):
     """Steps (PPO: iterations) to run."""
     facts: dict[str, Any]
     """For `Part.facts`: parameters, initial_weights_sha256, lora, switches, ..."""
+    engines: dict[str, Engine]
+    """What trains, by role: policy, critic, scorer. All that a step leaves behind is in them."""
 
     def advance(self, index: int) -> StepReport:
         """Run step (PPO: iteration) `index`, from 0. Collective."""

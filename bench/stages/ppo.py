@@ -159,6 +159,7 @@ class Ppo:
         self._ptx = PtxRows(trial, self._tokenizer, place) if settings.ptx_coef > 0 else None
         self._models = build_models(trial, strategy, place)
         self.facts = self._models.facts
+        self.engines = {"policy": self._models.policy, "critic": self._models.critic}
         self._clock = PhaseClock(place.device)
         self._engine = self._rollout_engine()
 

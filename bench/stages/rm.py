@@ -86,6 +86,7 @@ class Rm:
         self._places = accepts_position_ids(scorer)
         self.facts = model_facts(counts(scorer), initial_sha256(scorer), self._lora)
         self._engine = strategy.prepare(scorer, self._cell, place.device, learning_rate=settings.learning_rate)
+        self.engines = {"scorer": self._engine}
 
     def _encode(self, rows: Sequence[dict[str, Any]], purpose: str) -> list[collate.Pair]:
         settings = self._cell.settings

@@ -106,6 +106,7 @@ class Sft:
         window, places = HeadWindow(policy), accepts_position_ids(policy)
         self.facts = model_facts(counts(policy), initial_sha256(policy), self._lora)
         self._engine = strategy.prepare(policy, self._cell, place.device, learning_rate=settings.learning_rate)
+        self.engines = {"policy": self._engine}
         self._reader = Reader(self._engine.module, window, places)
 
     def advance(self, index: int) -> StepReport:
