@@ -15,13 +15,15 @@ import hashlib
 import json
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from bench.errors import CheckpointError
-from bench.weights_file import Stored, listing, load_state_dict_file, pieces, read_header, stored_tensors
+from bench.weights_file import Stored, listing, load_state_dict_file, pieces, read_header, read_into, stored_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +35,9 @@ WEIGHTS = "model.safetensors"
 FACTS = "checkpoint.json"
 HEAD = "value_head.weight"
 LM_HEAD = "lm_head.weight"
+
+SETTLED_SECONDS = 2.0
+"""A younger file may change once more without its time of change showing it."""
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -53,9 +58,22 @@ def checkpoint_sha256(folder: Path) -> str:
     """Hash of what a model folder holds: tensors (names, types, shapes, bytes), architecture and tokenizer; torch-free.
 
     How tensors are split over files, file times, metadata and checkpoint.json do not count, so equal weights have equal hashes.
-    A folder with a tokenizer alone has one too. Raises CheckpointError if there is nothing to hash.
+    A folder with a tokenizer alone has one too. Files that have not changed since this process hashed them are not read again.
+    Raises CheckpointError if there is nothing to hash.
     """
     folder = Path(folder)
+    stamps = [path.stat() for path in sorted(folder.glob("*")) if path.is_file()]
+    if time.time() - max((stamp.st_ctime for stamp in stamps), default=0.0) < SETTLED_SECONDS:
+        return _hash_folder(folder)
+    return _hash_settled(folder, tuple((stamp.st_ino, stamp.st_size, stamp.st_mtime_ns, stamp.st_ctime_ns) for stamp in stamps))
+
+
+@lru_cache(maxsize=64)
+def _hash_settled(folder: Path, stamps: tuple[tuple[int, ...], ...]) -> str:  # noqa: ARG001 (part of the key)
+    return _hash_folder(folder)
+
+
+def _hash_folder(folder: Path) -> str:
     digest, seen = hashlib.sha256(), False
     tensors = stored_tensors(sorted(folder.glob("*.safetensors")))
     for name in sorted(tensors):
@@ -253,7 +271,6 @@ def load_checkpoint(module: nn.Module, folder: Path, *, part: Literal["all", "ba
     also reads a language model into a Scorer. Strict: raises CheckpointError with the missing, unexpected and mismatched names.
     """
     import torch
-    from safetensors import safe_open
 
     folder = Path(folder)
     files = sorted(folder.glob("*.safetensors"))
@@ -270,11 +287,7 @@ def load_checkpoint(module: nn.Module, folder: Path, *, part: Literal["all", "ba
         {name: tuple(tensor.shape) for name, tensor in targets.items()},
     )
     with torch.no_grad():
-        for path in files:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118  not a dict
-                    if name in targets:
-                        targets[name].copy_(file.get_tensor(name))
+        read_into([(stored[name], target) for name, target in targets.items()])
     return read_facts(folder)
 
 

@@ -1,9 +1,20 @@
-"""Where everything of one suite lies under results/<suite>/. The only place that knows."""
+"""Where everything of one suite lies under results/<suite>/, and where this user's cache is. The only place that knows."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import NamedTuple
+
+import platformdirs
+
+CACHE_VARIABLE = "COATI_BENCH_CACHE"
+
+
+def cache_folder(cache: Path | None = None) -> Path:
+    """Where what outlives a suite lies: `cache`, else the environment's COATI_BENCH_CACHE, else the user's cache folder."""
+    given = cache or os.environ.get(CACHE_VARIABLE) or platformdirs.user_cache_path("coati-bench")
+    return Path(given).expanduser().absolute()
 
 
 class Layout(NamedTuple):

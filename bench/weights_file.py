@@ -6,6 +6,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,6 +24,11 @@ class Stored(NamedTuple):
     shape: list[int]
     begin: int
     end: int
+    name: str
+
+
+READ_BYTES, READERS = 1 << 26, 8
+"""How much is read at once, and how many such reads are under way."""
 
 
 def pieces(path: Path, begin: int, end: int, size: int = 1 << 24) -> Iterator[bytes]:
@@ -45,7 +51,7 @@ def stored_tensors(files: list[Path]) -> dict[str, Stored]:
         for name, item in header.items():
             if name != "__metadata__":
                 begin, end = item["data_offsets"]
-                tensors[name] = Stored(path, item["dtype"], item["shape"], start + begin, start + end)
+                tensors[name] = Stored(path, item["dtype"], item["shape"], start + begin, start + end, name)
     return tensors
 
 
@@ -59,6 +65,54 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
             return json.loads(file.read(length)), 8 + length
     except (OSError, ValueError, struct.error) as error:
         raise CheckpointError(f"{path}: no safetensors file; {error}; a complete one would be right") from None
+
+
+def read_into(wanted: Iterable[tuple[Stored, torch.Tensor]]) -> None:
+    """Fill each tensor with what is stored for it, in its own type; on the CPU straight from the file, a few pieces at a time.
+
+    Raises CheckpointError if a file ends before.
+    """
+    import torch
+
+    types = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+    reads = []
+    for item, tensor in wanted:
+        if types.get(item.dtype) == tensor.dtype and tensor.device.type == "cpu" and tensor.is_contiguous():
+            reads += _reads(item, tensor.detach().reshape(-1).view(torch.uint8).numpy().data)
+        else:
+            tensor.copy_(_stored_tensor(item))
+    with ThreadPoolExecutor(READERS) as pool:
+        list(pool.map(_read, reads))
+
+
+class _Read(NamedTuple):
+    """Bytes of a file, and where in memory they go."""
+
+    file: Path
+    begin: int
+    target: memoryview
+
+
+def _reads(item: Stored, target: memoryview) -> list[_Read]:
+    return [_Read(item.file, item.begin + at, target[at : at + READ_BYTES]) for at in range(0, len(target), READ_BYTES)]
+
+
+def _read(read: _Read) -> None:
+    with read.file.open("rb", buffering=0) as file:
+        file.seek(read.begin)
+        done = 0
+        while done < len(read.target):
+            count = file.readinto(read.target[done:])
+            if not count:
+                raise CheckpointError(f"{read.file}: cut off; seen: {read.begin + done} bytes; more would be right")
+            done += count
+
+
+def _stored_tensor(item: Stored) -> torch.Tensor:
+    from safetensors import safe_open
+
+    with safe_open(item.file, framework="pt") as file:
+        return file.get_tensor(item.name)
 
 
 def listing(folder: Path) -> str:

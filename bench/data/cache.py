@@ -13,24 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
 from bench.data.download import writing
 from bench.data.manifest import Manifest
 from bench.data.sources import Source
 from bench.errors import DataError
-from bench.layout import file_name
+from bench.layout import cache_folder, file_name
 from bench.record import write_json
 
-CACHE_VARIABLE = "COATI_BENCH_CACHE"
-
 Say = Callable[[str], None]
-
-
-def cache_folder(cache: Path | None = None) -> Path:
-    """Where data lies: `cache`, else the environment's COATI_BENCH_CACHE, else the user's cache folder."""
-    given = cache or os.environ.get(CACHE_VARIABLE) or platformdirs.user_cache_path("coati-bench")
-    return Path(given).expanduser().absolute()
 
 
 def sha256_of(path: Path) -> str:

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from bench.data import synthetic
-from bench.data.cache import CACHE_VARIABLE, Say, Slot, agree, alone, judge, sha256_of, slot_of
+from bench.data.cache import Say, Slot, agree, alone, judge, sha256_of, slot_of
 from bench.data.download import AddressError, Patience, Progress, Unreachable, discard_part, download, writing
 from bench.data.formats import read_rows
 from bench.data.manifest import Manifest, describe, load_manifest, save_manifest
 from bench.data.sources import Source, resolve
 from bench.errors import BenchError, DataError, MachineError, UserError
+from bench.layout import CACHE_VARIABLE
 
 _log = logging.getLogger(__name__)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from bench.cell import Cell
 from bench.checkpoint import load_checkpoint
 from bench.errors import UserError
 from bench.models.presets import PRESETS, model_problem
+from bench.models.random_weights import draw
 from bench.models.tokenizer import load_tokenizer
 from bench.weights_file import tensor_digest
 
@@ -109,8 +111,10 @@ def build_tokenizer(trial: Trial) -> PreTrainedTokenizerFast:
 def _language_model(cell: Cell, *, replaced: bool) -> PreTrainedModel:
     """The model of `cell`; `replaced`: its weights are overwritten next and need no values."""
     if replaced or cell.settings.weights == "random":
+        config = model_config(cell)
+        make = partial(AutoModelForCausalLM.from_config, config, torch_dtype=torch.float32)
         with seeded(cell.settings.base_seed), no_init_weights() if replaced else nullcontext():
-            model = AutoModelForCausalLM.from_config(model_config(cell), torch_dtype=torch.float32)
+            model = make() if replaced else draw(make, config, cell.settings.base_seed)
         model.tie_weights()  # skipped together with the initial values
         return model
     name, revision = _source(cell)

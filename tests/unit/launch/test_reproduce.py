@@ -12,13 +12,12 @@ from typing import Any
 import pytest
 
 from bench.checkpoint import checkpoint_sha256
-from bench.data.cache import CACHE_VARIABLE
 from bench.data.fetch import fetch_for_suite
 from bench.errors import RecordError, UserError
 from bench.launch import reproduce as module
 from bench.launch.block import run_block, run_warm
 from bench.launch.reproduce import rebuild
-from bench.layout import Layout
+from bench.layout import CACHE_VARIABLE, Layout
 from bench.matrix import make_plan, save_plan
 from bench.record import Record, load_record, save_record
 from bench.reproduce import reproduce
