@@ -29,8 +29,8 @@ class Rollout(NamedTuple):
 class RolloutEngine(Protocol):
     """Samples responses from a policy."""
 
-    def generate(self, ids_BP: Tensor, mask_BP: Tensor, uniforms_BR: Tensor) -> Rollout:
-        """Sample as many response tokens as `uniforms_BR` has columns (`natural`: at most), one uniform number in [0, 1) each.
+    def generate(self, ids_BP: Tensor, mask_BP: Tensor, keys_BR: Tensor) -> Rollout:
+        """Sample as many response tokens as `keys_BR` has columns (`natural`: at most), each by its own key (see `noise_keys`).
 
         Collective under sharded strategies: every rank calls it with as many columns.
         """

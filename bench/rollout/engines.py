@@ -6,6 +6,7 @@ it, in whatever mode the caller put it; neither needs a gradient.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -36,10 +37,15 @@ class _Tape:
         self.written = 0
         self._sampling = sampling
 
-    def append(self, logits_BV: Tensor, uniform_B: Tensor) -> None:
+    @property
+    def width(self) -> int:
+        """Positions so far."""
+        return self.prompt + self.written
+
+    def append(self, logits_BV: Tensor, key_B: Tensor) -> None:
         """Draw the next token of every row; rows that have ended get padding."""
-        token_B, logp_B = draw(logits_BV, uniform_B, self._sampling)
-        column, going_B = self.prompt + self.written, ~self.done_B
+        token_B, logp_B = draw(logits_BV, key_B, self._sampling)
+        column, going_B = self.width, ~self.done_B
         self.ids_BS[:, column] = torch.where(going_B, token_B, self._sampling.pad)
         self.mask_BS[:, column] = going_B.to(self.mask_BS.dtype)
         self.logp_BR[:, self.written] = torch.where(going_B, logp_B, 0.0)
@@ -49,61 +55,60 @@ class _Tape:
 
     def result(self) -> Rollout:
         """What was written; the response positions that no row reached are cut off."""
-        end = self.prompt + self.written
+        end = self.width
         return Rollout(self.ids_BS[:, :end], self.mask_BS[:, :end], self.mask_BS[:, self.prompt : end], self.logp_BR[:, : self.written])
 
 
-class CachedRollout:
-    """Prefill once, then one token a forward pass with a KV cache."""
+class _Generation(ABC):
+    """The loop of both engines: a pass over the prompts, then one token after the other."""
 
     def __init__(self, module: nn.Module, sampling: Sampling, around: Surroundings | None = None) -> None:
         self._module, self._sampling, self._around = module, sampling, around or Surroundings()
 
     @torch.no_grad()
-    def generate(self, ids_BP: Tensor, mask_BP: Tensor, uniforms_BR: Tensor) -> Rollout:
+    def generate(self, ids_BP: Tensor, mask_BP: Tensor, keys_BR: Tensor) -> Rollout:
         """See `RolloutEngine.generate`."""
-        length = uniforms_BR.shape[1]
+        length = keys_BR.shape[1]
         tape = _Tape(ids_BP, mask_BP, length, self._sampling)
         with self._around.phase("rollout_prefill"):
-            cache = self._extend(tape, ids_BP, None, uniforms_BR)
+            cache = self._extend(tape, None, keys_BR)
         with self._around.phase("rollout_decode"):
             while tape.written < length and not _ended(tape, self._sampling, self._around):
                 self._around.beat()
-                newest_B1 = tape.ids_BS[:, tape.prompt + tape.written - 1].unsqueeze(1)
-                cache = self._extend(tape, newest_B1, cache, uniforms_BR)
+                cache = self._extend(tape, cache, keys_BR)
         return tape.result()
 
-    def _extend(self, tape: _Tape, ids: Tensor, cache: Any, uniforms_BR: Tensor) -> Any:
-        """Feed `ids` behind what the cache holds, draw the next token, return the cache."""
-        mask = tape.mask_BS[:, : tape.prompt + tape.written]
-        cache = self._around.new_cache() if cache is None else cache
+    def _extend(self, tape: _Tape, cache: Any, keys_BR: Tensor) -> Any:
+        """Draw the next token of every row; returns the cache for the token after it."""
         with self._around.last_only(1):
-            output = forward_arguments(self._module, ids, mask, self._around, past_key_values=cache, use_cache=True)
-        tape.append(output.logits[:, -1], uniforms_BR[:, tape.written])
-        return output.past_key_values
+            output = self._forward(tape, cache)
+        tape.append(output.logits[:, -1], keys_BR[:, tape.written])
+        return output.get("past_key_values")
+
+    @abstractmethod
+    def _forward(self, tape: _Tape, cache: Any) -> Any:
+        """Output of the model whose last logits are those of the next token; `cache` is None on the prompts."""
 
 
-class UncachedRollout:
+class CachedRollout(_Generation):
+    """Prefill once, then one token a forward pass with a KV cache."""
+
+    def _forward(self, tape: _Tape, cache: Any) -> Any:
+        first = cache is None
+        ids = tape.ids_BS[:, : tape.width] if first else tape.ids_BS[:, tape.width - 1 : tape.width]
+        cache = self._around.new_cache() if first else cache
+        mask = tape.mask_BS[:, : tape.width]
+        return forward_arguments(self._module, ids, mask, self._around, past_key_values=cache, use_cache=True)
+
+
+class UncachedRollout(_Generation):
     """One forward pass over the whole sequence for each token."""
 
-    def __init__(self, module: nn.Module, sampling: Sampling, around: Surroundings | None = None) -> None:
-        self._module, self._sampling, self._around = module, sampling, around or Surroundings()
-
-    @torch.no_grad()
-    def generate(self, ids_BP: Tensor, mask_BP: Tensor, uniforms_BR: Tensor) -> Rollout:
-        """See `RolloutEngine.generate`."""
-        length = uniforms_BR.shape[1]
-        tape = _Tape(ids_BP, mask_BP, length, self._sampling)
-        with self._around.phase("rollout_decode"):
-            while tape.written < length and not _ended(tape, self._sampling, self._around):
-                self._around.beat()
-                width = tape.prompt + tape.written
-                with self._around.last_only(1):
-                    output = forward_arguments(self._module, tape.ids_BS[:, :width], tape.mask_BS[:, :width], self._around, use_cache=False)
-                tape.append(output.logits[:, -1], uniforms_BR[:, tape.written])
-        return tape.result()
+    def _forward(self, tape: _Tape, cache: Any) -> Any:
+        assert cache is None, "nothing is cached"
+        return forward_arguments(self._module, tape.ids_BS[:, : tape.width], tape.mask_BS[:, : tape.width], self._around, use_cache=False)
 
 
 def _ended(tape: _Tape, sampling: Sampling, around: Surroundings) -> bool:
     """Whether all responses have ended; only looked at every `CHECK_EVERY` tokens, at the same ones on every rank."""
-    return sampling.natural and tape.written > 0 and tape.written % CHECK_EVERY == 0 and around.all_done(tape.done_B)
+    return sampling.natural and tape.written % CHECK_EVERY == 0 and around.all_done(tape.done_B)

@@ -28,7 +28,7 @@ from bench.rl.kl import coati_sequence_kl, k1, k3
 from bench.rl.losses import policy_terms, token_entropies, value_terms
 from bench.rollout.base import Rollout, Sampling, Surroundings
 from bench.rollout.engines import CachedRollout, cache_of
-from bench.rollout.sampling import uniform_numbers
+from bench.rollout.sampling import noise_keys
 from bench.stages import sft
 from bench.stages.base import Place, StepReport
 from bench.stages.job import agreed, gather_rows, max_over_ranks, read_all, read_split, started_from, sum_over_ranks
@@ -191,9 +191,9 @@ class Ppo:
         slots = range(place.rank * self._own, (place.rank + 1) * self._own)
         rows = self._order.rows(index)
         prompts = [self._prompts[rows[slot]] for slot in slots]
-        noise_nR = uniform_numbers(self._trial.seed, f"iteration:{index}", slots, self._settings.response_length)  # (24)
+        keys_nR = noise_keys(self._trial.seed, f"iteration:{index}", slots, self._settings.response_length)  # (24)
         self._train_mode(False)
-        rollout = self._roll_out(prompts, noise_nR)
+        rollout = self._roll_out(prompts, keys_nR)
         scored = self._score(rollout)
         with clock.phase("advantage"):
             rollout = Rollout(*(gather_rows(field, place) for field in rollout))
@@ -219,12 +219,12 @@ class Ppo:
         self._models.policy.module.train(on)
         self._models.critic.module.train(on)
 
-    def _roll_out(self, prompts: Sequence[Sequence[int]], noise_nR: Tensor) -> Rollout:
+    def _roll_out(self, prompts: Sequence[Sequence[int]], keys_nR: Tensor) -> Rollout:
         """Responses of this rank to `prompts`, all in one batch."""
         device = self._place.device
         padded = collate.pad_left(prompts, self._fill, self._settings.prompt_length)  # (23)
-        ids_nP, mask_nP, noise_nR = (collate.to_device(tensor, device) for tensor in (*padded, noise_nR))
-        return self._engine.generate(ids_nP, mask_nP, noise_nR)
+        ids_nP, mask_nP, keys_nR = (collate.to_device(tensor, device) for tensor in (*padded, keys_nR))
+        return self._engine.generate(ids_nP, mask_nP, keys_nR)
 
     @torch.no_grad()
     def _score(self, rollout: Rollout) -> Scored:
@@ -335,13 +335,13 @@ class Ppo:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Reward, KL and response tokens on the held-out prompts, with the same noise every time (41)."""
+        """Reward, KL and response tokens on the held-out prompts, with the same keys every time (41)."""
         place, prompts = self._place, self._held_out
         totals = torch.zeros(3, dtype=torch.float64, device=place.device)
         self._train_mode(False)
         for rows, weights in collate.held_out_steps(len(prompts), rank=place.rank, world=place.world_size, micro=self._own):
-            noise_nR = uniform_numbers(self._settings.base_seed, "held-out", rows, self._settings.response_length)
-            rollout = self._roll_out([prompts[row] for row in rows], noise_nR)
+            keys_nR = noise_keys(self._settings.base_seed, "held-out", rows, self._settings.response_length)
+            rollout = self._roll_out([prompts[row] for row in rows], keys_nR)
             scored = self._score(rollout)
             mask_nR = rollout.response_mask_BR * torch.tensor(weights, device=place.device).unsqueeze(1)
             kl = (k3(scored.logp_nR, scored.reference_logp_nR) * mask_nR).sum()

@@ -13,7 +13,7 @@ from bench.rl.losses import token_logprobs
 from bench.rollout.base import Sampling, Surroundings
 from bench.rollout.engines import CachedRollout, UncachedRollout, cache_of
 from bench.rollout.head import HeadWindow
-from bench.rollout.sampling import uniform_numbers
+from bench.rollout.sampling import noise_keys
 
 SHAPES = {
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
@@ -49,7 +49,7 @@ def roll_out(kind="bloom", engine=CachedRollout, rows=range(4), width=6, natural
     if window:
         around = replace(around, last_only=HeadWindow(policy).last)
     prompts = pad_left([PROMPTS[row] for row in rows], PAD, width)
-    return engine(policy, sampling, around).generate(*prompts, uniform_numbers(3, "test", rows, LENGTH))
+    return engine(policy, sampling, around).generate(*prompts, noise_keys(3, "test", rows, LENGTH))
 
 
 @pytest.mark.parametrize("kind", SHAPES)
@@ -109,13 +109,13 @@ def test_natural_responses_end_with_eos_and_are_padded_behind_it():
 def test_natural_generation_goes_on_until_all_ranks_are_done():
     policy, asked = model("bloom"), []
     sampling = Sampling(temperature=1.0, top_k=0, eos=EOS, pad=PAD, natural=True)
-    prompts, noise = pad_left(PROMPTS, PAD, 6), uniform_numbers(3, "test", range(4), 40)
+    prompts, keys = pad_left(PROMPTS, PAD, 6), noise_keys(3, "test", range(4), 40)
 
     def elsewhere(done_B):
         asked.append(bool(done_B.all()))
         return len(asked) == 3
 
-    rollout = CachedRollout(policy, sampling, Surroundings(all_done=elsewhere, new_cache=cache_of(policy))).generate(*prompts, noise)
+    rollout = CachedRollout(policy, sampling, Surroundings(all_done=elsewhere, new_cache=cache_of(policy))).generate(*prompts, keys)
     assert len(asked) == 3
     assert rollout.logp_BR.shape[1] == 24
 
@@ -163,6 +163,6 @@ def test_prefill_and_decoding_are_told_to_the_clock_and_every_token_beats():
     engine = CachedRollout(
         model("bloom"), sampling, Surroundings(phase=phase, beat=lambda: beats.append(1), new_cache=cache_of(model("bloom")))
     )
-    engine.generate(*pad_left(PROMPTS, PAD, 6), uniform_numbers(3, "test", range(4), 5))
+    engine.generate(*pad_left(PROMPTS, PAD, 6), noise_keys(3, "test", range(4), 5))
     assert phases == ["rollout_prefill", "rollout_decode"]
     assert len(beats) == 4
