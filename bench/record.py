@@ -23,6 +23,9 @@ SCHEMA = f"coati-bench/record/{SCHEMA_MAJOR}"
 Outcome = Literal["ok", "diverged", "oom", "timeout", "busy", "cancelled", "invalid", "error"]
 OUTCOMES: tuple[Outcome, ...] = ("ok", "diverged", "oom", "timeout", "busy", "cancelled", "invalid", "error")
 
+EvidenceState = Literal["refuted", "shown", "not applicable"]
+EVIDENCE_STATES: tuple[EvidenceState, ...] = ("refuted", "shown", "not applicable")
+
 Finite = Annotated[float, Field(allow_inf_nan=False, strict=False)]
 Bytes = Annotated[int, Field(ge=0)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -61,6 +64,55 @@ class Memory:
 
 
 @dataclass(config=STRICT, frozen=True, slots=True, kw_only=True)
+class Traffic:
+    """Collectives of one kind."""
+
+    count: int
+    bytes: Bytes
+    """Of the whole tensors: what an all-reduce or reduce-scatter is given, what an all-gather gives."""
+
+
+@dataclass(config=STRICT, frozen=True, slots=True, kw_only=True)
+class Check:
+    """One thing that must be seen if the strategy is active; what each means: docs/evidence.md."""
+
+    what: str
+    """optimizer, gradients, parameters, frozen, placement, reduced, gathered, trainable, gradient norm, moved, adapters, unmoved,
+    agreement, micro-steps."""
+    model: str
+    """policy, critic, reward, reference."""
+    state: EvidenceState
+    seen: Finite | None = None
+    expected: Finite | None = None
+    unit: str = ""
+    """Of both numbers: bytes, parameters, tensors, steps, or a share of something."""
+    text: str
+    """A sentence for a person."""
+
+
+@dataclass(config=STRICT, frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """What one rank can show for its strategy being active: read from tensors and collectives, never from the strategy's own flags."""
+
+    checks: list[Check]
+    collectives: dict[str, dict[str, Traffic]] = field(default_factory=dict)
+    """Model -> kind -> traffic of its traced step, from the first forward pass to the end of the update."""
+    traced: str = ""
+    """Which step was traced. It is in no lap that the report measures."""
+
+    @property
+    def state(self) -> EvidenceState:
+        """Refuted if one check is, shown if one is shown."""
+        states = {check.state for check in self.checks}
+        return next((state for state in EVIDENCE_STATES[:2] if state in states), EVIDENCE_STATES[2])
+
+    @property
+    def refuted(self) -> list[Check]:
+        """The checks that speak against it."""
+        return [check for check in self.checks if check.state == "refuted"]
+
+
+@dataclass(config=STRICT, frozen=True, slots=True, kw_only=True)
 class Part:
     """What one rank saw."""
 
@@ -74,7 +126,7 @@ class Part:
     outcome: Outcome
     reason: str | None = None
     phase: str = "start"
-    """Where the rank was when it ended: start, load, train, evaluate, save, done."""
+    """Where the rank was when it ended: start, load, train, evaluate, save, evidence, done."""
     step: int = 0
     """Steps (PPO: iterations) finished."""
     resumed_step: int | None = None
@@ -87,8 +139,10 @@ class Part:
     held_out: dict[str, Finite] = field(default_factory=dict)
     """Held-out metrics, named `<metric>_before` and `<metric>_after`, measured outside the laps."""
     seconds: dict[str, Finite] = field(default_factory=dict)
-    """Outside the laps: start, load, time_to_first_step, evaluate, save."""
+    """Outside the laps: start, load, time_to_first_step, evaluate, save, evidence."""
     memory: Memory = field(default_factory=Memory)
+    evidence: Evidence | None = None
+    """That the strategy was active; null where the rank did not get to the end of training."""
     facts: dict[str, Any] = field(default_factory=dict)
     """Parameters (total, trainable), initial_weights_sha256, optimizer in force, lora {rank, alpha, scaling, targets},
     dtypes, switches, device name, sampled texts."""
