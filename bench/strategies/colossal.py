@@ -27,7 +27,8 @@ def import_colossalai() -> None:
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import colossalai.booster.plugin  # noqa: F401
+        import colossalai.booster.plugin
+        import colossalai.legacy.utils.memory  # noqa: F401  (Gemini's placement asks it for the device's capacity)
 
 
 def start_colossalai(device: torch.device, *, gemini: bool = False) -> None:
