@@ -21,16 +21,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bench.cell import Cell
-from bench.measure.flops import WEIGHT_BYTES
+from bench.measure.flops import OPTIMIZER_BYTES, WEIGHT_BYTES
 from bench.measure.shape import Network, Shape, shape_of
 from bench.models.presets import parameter_count
 from bench.strategies.base import all_strategies
 
 if TYPE_CHECKING:
     from bench.matrix import Plan
-
-OPTIMIZER_BYTES = {"fp32": 8, "bf16-pure": 4, "bf16-master": 12, "bf16-autocast": 8, "fp16-master": 12}
-"""Of each trainable parameter."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

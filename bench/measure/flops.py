@@ -33,6 +33,8 @@ from bench.measure.shape import Network, Shape
 
 WEIGHT_BYTES = {"fp32": 4, "bf16-pure": 2, "bf16-master": 2, "bf16-autocast": 4, "fp16-master": 2}
 """Bytes of a stored parameter by precision mode."""
+OPTIMIZER_BYTES = {"fp32": 8, "bf16-pure": 4, "bf16-master": 12, "bf16-autocast": 8, "fp16-master": 12}
+"""Bytes of AdamW's two moments, and of the fp32 master where the mode has one, of a trainable parameter."""
 CACHE_BYTES = {"fp32": 4, "bf16-pure": 2, "bf16-master": 2, "bf16-autocast": 2, "fp16-master": 2}
 """Bytes of a number in the KV cache."""
 PRODUCT_DTYPE = {"fp32": "fp32", "bf16-pure": "bf16", "bf16-master": "bf16", "bf16-autocast": "bf16", "fp16-master": "fp16"}
