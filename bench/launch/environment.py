@@ -34,7 +34,6 @@ FIXED = {
     "HF_DATASETS_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "PYTHONUNBUFFERED": "1",
-    "PYTHONDONTWRITEBYTECODE": "1",
     "PYTHONHASHSEED": "0",
 }
 """One thread a rank, no network, output at once; `OMP_NUM_THREADS` of the user wins."""

@@ -222,7 +222,7 @@ def add_lora(module: nn.Module, cell: Cell, seed: int) -> dict[str, Any]:
     config = LoraConfig(
         r=cell.lora_rank, lora_alpha=cell.lora_alpha, target_modules=targets, lora_dropout=0.0, bias="none", fan_in_fan_out=transposed
     )
-    with seeded(seed):
+    with seeded(seed), _without_quantised_layers():
         inject_adapter_in_model(config, module)
     if isinstance(module, Scorer):
         module.value_head.requires_grad_(True)
@@ -234,6 +234,22 @@ def add_lora(module: nn.Module, cell: Cell, seed: int) -> dict[str, Any]:
         "rank": cell.lora_rank, "alpha": cell.lora_alpha, "scaling": scalings.pop(), "fan_in_fan_out": transposed,
         "targets": sorted({name.rpartition(".")[2] for name in targets}), "trainable": counts(module)["trainable"],
     }  # fmt: skip
+
+
+@contextmanager
+def _without_quantised_layers() -> Iterator[None]:
+    """Keep peft from asking bitsandbytes whether a layer is quantised: none is, and its import takes as long as the start of a trial."""
+    from peft.tuners.lora import model as tuner
+
+    names = ("is_bnb_available", "is_bnb_4bit_available")
+    before = {name: getattr(tuner, name) for name in names}
+    for name in names:
+        setattr(tuner, name, lambda: False)
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(tuner, name, function)
 
 
 def lora_targets(module: nn.Module) -> list[str]:

@@ -48,8 +48,15 @@ def place(module: nn.Module, precision: str, device: torch.device) -> nn.Module:
 
 
 def frozen_copy(module: nn.Module, precision: str, device: torch.device) -> nn.Module:
-    """A copy of `module` that is only read: in the mode's storage type, on `device`, in eval mode, without gradients."""
-    copied = place(copy.deepcopy(module), precision, device)
+    """A copy of `module` that is only read: in the mode's storage type, on `device`, in eval mode, without gradients.
+
+    Parameters are cast as they are copied: there is no second copy of the whole in fp32.
+    """
+    import torch
+
+    dtype = storage_dtype(precision)
+    cast = {id(one): torch.nn.Parameter(one.detach().to(device=device, dtype=dtype, copy=True)) for one in module.parameters()}
+    copied = place(copy.deepcopy(module, cast), precision, device)
     copied.requires_grad_(False)
     return copied.eval()
 
