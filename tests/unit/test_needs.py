@@ -88,7 +88,7 @@ def test_gemini_shards_what_trains_and_never_what_is_frozen(sharding):
 
 
 def test_strategies_say_what_they_shard_in_known_words():
-    known = {"parameters", "gradients", "optimizer"}
+    known = {"parameters", "gradients", "optimizer", "frozen"}
     assert all(strategy.sharded <= known for strategy in base.all_strategies().values())
 
 
