@@ -23,7 +23,6 @@ from bench.measure.clock import synchronise
 from bench.stages.base import StepReport
 from bench.trial import Trial, load_trial
 
-
 UNTIMED_STEPS = 5
 """Steps that are warm-up in any case (bench.report.windows), so that they may be late."""
 LATE_SHARE = 0.1

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -54,7 +53,7 @@ def run_on_the_beat(root: Path, name: str, number: int, parent: ForkParent, late
 
 
 @pytest.fixture(scope="module")
-def sets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders baseline, again and slower, each with 7 records."""
     root = tmp_path_factory.mktemp("ruler")
     launch = {"program": "tests.paced_rank", "search_path": (str(ROOT),), "preload": (*PRELOAD, "peft.tuners.lora.bnb")}
@@ -63,7 +62,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         for number in range(TRIALS):
             for name in random.Random(number).sample(list(SETS), len(SETS)):
                 run_on_the_beat(root, name, number, parent, late)
-    yield root
+    return root
 
 
 def read_as_measured(path: Path) -> None:
