@@ -79,11 +79,13 @@ def plan(
 def report(
     records: Annotated[Path, typer.Argument(help="Folder with records, for example results/quickstart/records.")],
     output: Annotated[Path, typer.Option(help="Folder for report.html, report.md, results.parquet and results.csv.")],
+    price: Annotated[float | None, typer.Option(min=0, help="Price of a device-hour, to say what the work costs.")] = None,
+    ceilings: Annotated[Path | None, typer.Option(help="What `doctor --bench --format json` printed on these devices.")] = None,
 ) -> None:
     """Make the report from records. The same records give the same bytes."""
     from bench.report.commands import report as make
 
-    make(records, output)
+    make(records, output, price=price, ceilings=ceilings)
 
 
 @app.command()

@@ -66,14 +66,14 @@ def needs(cell: Cell) -> Needs | None:
     if shape is None:
         return None
     models, sharded = networks(cell, shape).values(), all_strategies()[cell.strategy].sharded
-    weights, gradients, states = (sum(parts) for parts in zip(*(_states(model, cell, sharded) for model in models), strict=True))
+    weights, gradients, states = (sum(parts) for parts in zip(*(model_states(model, cell, sharded) for model in models), strict=True))
     trainable = sum(model.trainable for model in models)
     return Needs(
         parameters=shape.parameters, trainable=trainable, weight_bytes=weights, gradient_bytes=gradients, optimizer_bytes=states
     )  # fmt: skip
 
 
-def _states(model: Network, cell: Cell, sharded: frozenset[str]) -> tuple[int, int, int]:
+def model_states(model: Network, cell: Cell, sharded: frozenset[str]) -> tuple[int, int, int]:
     """Bytes of weights, gradients and optimizer states of one model on one rank."""
     precision, trainable = cell.settings.precision, model.trainable
     own = {what: _share(trainable, cell.world_size if what in sharded else 1) for what in ("parameters", "gradients", "optimizer")}

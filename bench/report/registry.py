@@ -82,8 +82,8 @@ def metric(
 class Given:
     """What a report is told that no record says."""
 
-    price_per_device_hour: float | None = None
-    currency: str = ""
+    price: float | None = None
+    """Of one device for an hour, in whatever money."""
     ceilings: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Matrix products of a device as `doctor --bench` measured them: device name -> type -> FLOP/s."""
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from bench.measure.physics import impossible_numbers
-from bench.report.device import card_bytes, host_bytes
-from bench.report.registry import GIB, MEMORY_GATES, NoValue, Trial, metric
+from bench.needs import needs
+from bench.peak_memory import Moment, peak_moment
+from bench.report.device import card_bytes, host_bytes, shape_in
+from bench.report.registry import GIB, MEMORY_GATES, NoValue, Trial, metric, once
 
 
 @metric(title="peak allocated", unit="GiB", direction="lower", source="torch.cuda.max_memory_allocated", clocked=True)
@@ -33,6 +35,43 @@ def device_memory_gib(trial: Trial) -> float:
 def host_peak_gib(trial: Trial) -> float:
     """Peak resident set of a rank's process; largest rank."""
     return _possible(_host_peak(trial), host_bytes(trial))
+
+
+@metric(title="theory: states", unit="GiB", direction="none", source="bench/needs.py; Rajbhandari et al. 2020, section 3.1")
+def theory_state_gib(trial: Trial) -> float:
+    """Weights, gradients and optimizer states of all models that one rank holds, from the model's sizes, the sharding, the precision
+    mode and the LoRA rank. On the device or in host memory, as the strategy places them.
+    """
+    shape_in(trial)
+    found = needs(trial.cell)
+    assert found is not None, "a preset has a shape"
+    return found.state_bytes / GIB
+
+
+@metric(title="theory: peak", unit="GiB", direction="none", source="bench/peak_memory.py; docs/flops.md")
+def theory_peak_gib(trial: Trial) -> float:
+    """What one device holds at the largest moment of the loop by theory: states, and what the layers and the loss of a micro-batch keep,
+    or what the optimizer makes during its step. Communication buffers and workspaces are left out.
+    """
+    return _largest_moment(trial).bytes / GIB
+
+
+@metric(title="unexplained", unit="GiB", direction="none", source="peak allocated less theory: peak", clocked=True)
+def unexplained_memory_gib(trial: Trial) -> float:
+    """Peak allocated less the theory of it; negative where theory takes too much."""
+    return peak_allocated_gib(trial) - theory_peak_gib(trial)
+
+
+@once
+def _largest_moment(trial: Trial) -> Moment:
+    shape, window = shape_in(trial), trial.window
+    loss_tokens, sequences = (window.total(unit) if window else None for unit in ("loss_tokens", "sequences"))
+    heads = trial.cell.settings.micro_batch * loss_tokens / sequences if trial.cell.stage == "sft" and loss_tokens and sequences else None
+    longest = trial.lead.facts.get("longest_sequence") if trial.record.parts else None
+    found = peak_moment(trial.cell, shape, length=longest if isinstance(longest, int) else None, heads=heads)
+    if found is None:
+        raise NoValue("no theory of the peak of a model that is split over ranks, or whose activations are not known")
+    return found
 
 
 def _allocated(trial: Trial) -> int:

@@ -1,0 +1,139 @@
+"""The largest moment of a cell in device memory, from its numbers alone. Torch-free.
+
+States (`bench.needs`) are always there. On top of them comes the largest of some moments, none of which overlap:
+
+* the loss of a micro-batch: what its layers keep for the backward pass, its logits with their gradient; and the gradients, if an
+  earlier micro-step of the same step has left them there;
+* the optimizer step: all gradients, their fp32 copies in modes with master weights, and what AdamW computes beside them;
+* PPO: also scoring (logits without gradient) and the rollout (key-value cache, logits of one position, the draw).
+
+Left out: buffers of communication, gathered chunks, the workspaces of matrix products (64 MiB on an H100), and fragmentation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from bench.cell import Cell, PpoSettings
+from bench.measure.activations import KEPT, cache_bytes, head_bytes, kept_bytes, layer_bytes
+from bench.measure.flops import Sequences
+from bench.measure.shape import Network, Shape
+from bench.needs import model_states, networks
+from bench.strategies.base import Strategy, all_strategies
+
+MASTERS = ("bf16-master", "fp16-master")
+"""Precision modes whose optimizer works on fp32 copies."""
+DRAW_BYTES = 32
+"""Of each logit while a token is drawn: two fp32 copies and three of 64 bits for the noise."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moment:
+    """What one rank's device holds at one moment; bytes."""
+
+    name: str
+    state_bytes: int
+    """Weights, optimizer states, and gradients as far as they are there."""
+    work_bytes: float
+    """Everything else."""
+
+    @property
+    def bytes(self) -> float:
+        """Both."""
+        return self.state_bytes + self.work_bytes
+
+
+def peak_moment(cell: Cell, shape: Shape, *, length: float | None = None, heads: float | None = None) -> Moment | None:
+    """The largest moment of one rank; None for an architecture whose activations are not known.
+
+    `length`: tokens of the longest micro-batch (default: as many as the cell allows); `heads`: positions of a micro-batch that the
+    language-model head computes (default: all of them).
+    """
+    if shape.model_type not in KEPT or cell.model_parallel_size > 1:
+        return None
+    return max(_moments(_Plan.of(cell, shape), length, heads), key=lambda moment: moment.bytes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    """A cell with what its moments are made of."""
+
+    cell: Cell
+    shape: Shape
+    strategy: Strategy
+    models: dict[str, Network]
+
+    @classmethod
+    def of(cls, cell: Cell, shape: Shape) -> _Plan:
+        return cls(cell=cell, shape=shape, strategy=all_strategies()[cell.strategy], models=networks(cell, shape))
+
+    def states(self, *, gradients_of: str | None = None) -> int:
+        """Bytes of weights and optimizer states of all models on the device, and of the gradients of one."""
+        found = 0
+        for role, model in self.models.items():
+            parts = zip(("parameters", "gradients", "optimizer"), model_states(model, self.cell, self.strategy.sharded), strict=True)
+            there = {what: size for what, size in parts if what not in self.strategy.offloaded}
+            found += there.get("parameters", 0) + there.get("optimizer", 0) + (there.get("gradients", 0) if role == gradients_of else 0)
+        return found
+
+    def step_bytes(self, model: Network) -> float:
+        """What an optimizer step makes beside its states: fp32 copies of 16-bit gradients, where parameters are whole, and AdamW's
+        square roots of all second moments at once, if it is torch's plain one.
+        """
+        if "optimizer" in self.strategy.offloaded:
+            return 0.0
+        settings = self.cell.settings
+        elements = -(-model.trainable // (self.cell.world_size if "optimizer" in self.strategy.sharded else 1))
+        copies = 4 if settings.precision in MASTERS and "parameters" not in self.strategy.sharded else 0
+        optimizer = self.strategy.forced_settings(self.cell).get("optimizer", settings.optimizer)
+        roots = (2 if settings.precision == "bf16-pure" else 4) if optimizer == "adamw" else 0
+        return float(elements * (copies + roots))
+
+
+def _moments(plan: _Plan, length: float | None, heads: float | None) -> Iterator[Moment]:
+    """Every moment that may be the largest."""
+    if isinstance(plan.cell.settings, PpoSettings):
+        yield from _ppo_moments(plan)
+    else:
+        settings = plan.cell.settings
+        role = next(iter(plan.models))
+        count = settings.micro_batch * (2 if plan.cell.stage == "rm" else 1)
+        work = Sequences(count=count, length=min(length or settings.sequence_length, settings.sequence_length))
+        yield from _training(plan, role, work, work.positions if heads is None else heads)
+
+
+def _training(plan: _Plan, role: str, work: Sequences, heads: float, beside: float = 0.0) -> Iterator[Moment]:
+    """The moments of one model's training step; `beside`: bytes that lie there while its loss is computed."""
+    model, settings = plan.models[role], plan.cell.settings
+    kept = kept_bytes(model, work, settings.precision, checkpointing=settings.activation_checkpointing)
+    one = layer_bytes(model, work, settings.precision)
+    loss = one if model.scalar_head else max(one, head_bytes(plan.shape, heads, settings.precision))
+    earlier = role if plan.cell.accumulation > 1 else None
+    yield Moment(name=f"loss of the {role}", state_bytes=plan.states(gradients_of=earlier), work_bytes=kept + loss + beside)
+    yield Moment(name=f"step of the {role}", state_bytes=plan.states(gradients_of=role), work_bytes=plan.step_bytes(model))
+
+
+def _ppo_moments(plan: _Plan) -> Iterator[Moment]:
+    settings = plan.cell.settings
+    assert isinstance(settings, PpoSettings)
+    whole, precision = settings.prompt_length + settings.response_length, settings.precision
+    work = Sequences(count=settings.micro_batch, length=whole)
+    responses = settings.micro_batch * settings.response_length
+    yield from _training(plan, "policy", work, responses, _ptx_bytes(plan))
+    yield from _training(plan, "critic", work, 0)
+    scoring = head_bytes(plan.shape, responses, precision, gradient=False)
+    yield Moment(name="scoring", state_bytes=plan.states(), work_bytes=scoring)
+    rows = settings.prompts_per_iteration * plan.cell.step_batch // settings.global_batch / plan.cell.data_parallel_size
+    cache = cache_bytes(plan.shape, sequences=rows, length=whole, precision=precision)
+    yield Moment(name="rollout", state_bytes=plan.states(), work_bytes=cache + DRAW_BYTES * rows * plan.shape.vocabulary)
+
+
+def _ptx_bytes(plan: _Plan) -> float:
+    """What the ptx loss keeps while PPO's own is still there."""
+    settings = plan.cell.settings
+    if not isinstance(settings, PpoSettings) or settings.ptx_coef == 0:
+        return 0.0
+    work = Sequences(count=settings.micro_batch, length=settings.sequence_length)
+    kept = kept_bytes(plan.models["policy"], work, settings.precision, checkpointing=settings.activation_checkpointing)
+    return kept + head_bytes(plan.shape, work.positions, settings.precision)

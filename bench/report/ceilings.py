@@ -1,0 +1,48 @@
+"""Ceilings of devices from files: what `doctor --bench --format json` printed, kept beside records."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from bench.errors import UserError
+
+NAME = "ceilings.json"
+RIGHT = "what `coati-bench doctor --bench --format json` prints would be right"
+
+
+def ceilings_beside(root: Path) -> list[Path]:
+    """The files that a report over the suite's folder `root` reads unasked: its own, its neighbours', and those of stored references."""
+    return [path for path in (root / NAME, root.parent / NAME, *sorted(root.parent.glob(f"references/*/{NAME}"))) if path.is_file()]
+
+
+def read_ceilings(files: Iterable[Path]) -> dict[str, Mapping[str, float]]:
+    """FLOP/s of matrix products by device name and type; the first file that knows a device is taken. Raises UserError."""
+    found: dict[str, Mapping[str, float]] = {}
+    for file in files:
+        for ceilings in _in_file(file):
+            rates = {dtype: float(rate) for dtype, rate in ceilings["matrix_flops_per_second"].items() if rate}
+            found.setdefault(str(ceilings["device"]), rates)
+    return found
+
+
+def _in_file(file: Path) -> list[dict[str, Any]]:
+    content = _content(file)
+    items = [item.get("ceilings", item) for item in (content if isinstance(content, list) else [content]) if isinstance(item, dict)]
+    found = [
+        item for item in items if isinstance(item, dict) and isinstance(item.get("matrix_flops_per_second"), dict) and "device" in item
+    ]
+    if not found:
+        raise UserError(f"{file}: no ceilings; seen: no device with its matrix_flops_per_second; {RIGHT}")
+    return found
+
+
+def _content(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{file}: no JSON; seen: {error}; {RIGHT}") from None
