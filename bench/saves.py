@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.errors import CheckpointError
 from bench.record import Outcome, write_json
 from bench.trial import Trial
+from bench.weights_file import load_plain
 
 SCHEMA = "coati-bench/save/1"
 NOTE = "save.json"
@@ -35,13 +34,14 @@ class Saves(NamedTuple):
 
     folder: Path
     fingerprint: str
+    seed: int
     rank: int
     world_size: int
 
     @classmethod
     def of(cls, trial: Trial, rank: int, world_size: int) -> Saves:
         """Those of `trial`."""
-        return cls(saves_folder(trial), trial.fingerprint, rank, world_size)
+        return cls(saves_folder(trial), trial.fingerprint, trial.seed, rank, world_size)
 
     def newest(self) -> int:
         """Steps done in the newest complete save of this very trial, 0 if there is none. Leaves no drafts and no other trial's saves.
@@ -66,20 +66,14 @@ class Saves(NamedTuple):
         return bool(note == self._note(step))
 
     def _note(self, step: int) -> dict[str, Any]:
-        return {"schema": SCHEMA, "fingerprint": self.fingerprint, "world_size": self.world_size, "step": step}
+        return {"schema": SCHEMA, "fingerprint": self.fingerprint, "seed": self.seed, "world_size": self.world_size, "step": step}
 
     def load(self, step: int) -> dict[str, Any]:
         """What this rank saved after `step` steps. Raises CheckpointError if it cannot be read."""
-        import torch
-
         path = self.folder / f"step{step}" / f"rank{self.rank}.pt"
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            raise CheckpointError(
-                f"{path}: no training state; {(str(error).splitlines() or ['empty'])[0]}; "
-                f"without {self.folder} the trial begins at its first step"
-            ) from None
+        return dict(
+            load_plain(path, "training state", f"the file as it was saved, or no {self.folder} at all, to begin at the first step,")
+        )
 
     def write(self, step: int, state: dict[str, Any]) -> None:
         """Write this rank's file of the draft of a save, onto the disk itself."""

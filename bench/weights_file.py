@@ -132,20 +132,27 @@ def tensor_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     return digest.hexdigest()
 
 
-def load_state_dict_file(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file that `torch.save` wrote. Raises CheckpointError if it is none or holds more than tensors."""
-    import pickle
+def load_plain(path: Path, what: str, right: str, *, device: str = "cpu") -> Any:
+    """What `torch.save` wrote, tensors and plain values only: no code of a pickle is run. `device` "meta" reads shapes, no values.
 
+    Raises CheckpointError: the file is no `what`; `right` would be right.
+    """
     import torch
 
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; a state dict (.pt) or a checkpoint folder would be right") from None
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: no state dict; {(str(error).splitlines() or ['empty'])[0]}; a file of torch.save would be right"
-        ) from None
+        raise CheckpointError(f"{path}: no such file; {right} would be right") from None
+    except Exception as error:  # noqa: BLE001  a torn pickle makes its reader stumble in any way
+        seen = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path}: no {what}; {seen}; {right} would be right") from None
+
+
+def load_state_dict_file(path: Path, *, device: str = "cpu") -> dict[str, torch.Tensor]:
+    """The tensors of a file that `torch.save` wrote. Raises CheckpointError if it is none or holds more than tensors."""
+    import torch
+
+    content = load_plain(path, "state dict", "a state dict (a file of torch.save with names and tensors)", device=device)
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise CheckpointError(f"{path}: no state dict; seen: {type(content).__name__}; a dict of names and tensors would be right")
     return content

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import time
@@ -9,29 +10,39 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from bench.errors import CheckpointError
 from bench.record import Part
-from bench.saves import saves_folder
-from bench.strategies.base import all_strategies
+from bench.saves import drop_saves, saves_folder
+from bench.strategies.base import Engine, all_strategies
 from bench.strategies.colossal import import_colossalai
-from bench.trial import Trial
-from tests.trials import run_forked, start_ranks, tiny_cell, tiny_trial
+from bench.trial import Trial, make_trial
+from bench.weights_file import tensor_digest
+from tests.contract.rank_harness import run_ranks
+from tests.contract.strategy_work import make_cell, make_engine, one_step
+from tests.trials import only, run_forked, start_ranks, tiny_cell, tiny_trial
 
 import_colossalai()
 
 STAGES: dict[str, dict[str, Any]] = {
-    "sft": {"steps": 12, "sequence_length": 48, "learning_rate": 1e-2},
-    "rm": {"steps": 12, "sequence_length": 32, "learning_rate": 2e-3},
+    "sft": {"steps": 6, "sequence_length": 48, "learning_rate": 1e-2},
+    "rm": {"steps": 6, "sequence_length": 32, "learning_rate": 2e-3},
     "ppo": {
-        "iterations": 6, "prompts_per_iteration": 16, "global_batch": 8, "micro_batch": 4, "prompt_length": 12, "response_length": 6,
+        "iterations": 3, "prompts_per_iteration": 16, "global_batch": 8, "micro_batch": 4, "prompt_length": 12, "response_length": 6,
         "learning_rate": 1e-3, "ptx": "synthetic-instruct", "ptx_coef": 0.1, "sequence_length": 48, "reward_model": "fresh-head",
     },
 }  # fmt: skip
-EVERY = {"sft": 4, "rm": 4, "ppo": 2}
 
 
 def resumable_cell(stage: str, strategy: str, ranks: int, **changes: Any) -> Any:
-    settings = {"strategy": strategy, "processes_per_node": ranks, "lap_steps": 2, "save_every": EVERY[stage], **STAGES[stage]}
+    settings = {
+        "strategy": strategy,
+        "processes_per_node": ranks,
+        "lap_steps": 1,
+        "save_every": 1 if stage == "ppo" else 2,
+        **STAGES[stage],
+    }
     return tiny_cell(stage, **{**settings, "global_batch": settings.get("global_batch", 16), **changes})
 
 
@@ -60,21 +71,15 @@ def losses(part: Part) -> dict[str, Any]:
     return {"series": part.series, "held_out": part.held_out, "laps": laps, "non_finite": part.facts.get("non_finite")}
 
 
-def combinations() -> list[Any]:
-    found = []
-    for name, strategy in all_strategies().items():
-        for stage in STAGES:
-            for ranks in (1, 2):
-                cell = resumable_cell(stage, name, ranks, precision="fp32" if "fp32" in strategy.precisions else "bf16-master")
-                if strategy.unsupported(cell) is None and (ranks == 2 or name == "naive"):
-                    found.append(pytest.param(cell, id=f"{stage}-{name}-{ranks}"))
-    return found
+TRIALS = [("sft", "naive"), ("rm", "naive"), ("ppo", "naive"), ("sft", "ddp"), ("rm", "zero2"), ("ppo", "gemini")]
+"""Every stage, and every way of laying out a model; the test of engines below holds for all strategies."""
 
 
-@pytest.mark.parametrize("cell", combinations())
-def test_a_killed_trial_goes_on_with_an_identical_loss_curve(cell: Any, tmp_path: Path) -> None:
-    whole = tiny_trial(cell, tmp_path / "whole")
-    wanted = run_forked(whole)
+@pytest.mark.parametrize(("stage", "strategy"), TRIALS)
+def test_a_killed_trial_goes_on_with_an_identical_loss_curve(stage: str, strategy: str, tmp_path: Path) -> None:
+    precision = "fp32" if "fp32" in all_strategies()[strategy].precisions else "bf16-master"
+    cell = resumable_cell(stage, strategy, 1 if strategy == "naive" else 2, precision=precision)
+    wanted = run_forked(tiny_trial(cell, tmp_path / "whole"))
     stopped = tiny_trial(cell, tmp_path / "stopped")
     step = kill_after_the_first_save(stopped)
     parts = run_forked(stopped)
@@ -83,3 +88,87 @@ def test_a_killed_trial_goes_on_with_an_identical_loss_curve(cell: Any, tmp_path
         assert part.resumed_step == step > 0
         assert other.resumed_step is None
         assert losses(part) == losses(other)
+
+
+def test_a_save_of_another_trial_or_half_of_one_is_not_taken_up(tmp_path: Path) -> None:
+    cell = resumable_cell("sft", "naive", 1)
+    other = tiny_trial(cell, tmp_path / "trial", trial=1)
+    kill_after_the_first_save(other)
+    mine = tiny_trial(cell, tmp_path / "trial")
+    (saves_folder(mine) / "step4.draft").mkdir()
+    part = only(run_forked(mine))
+    assert part.resumed_step is None
+    assert mine.log_path(0).read_text().count("not a complete save of this trial; removed") == 2
+    assert [path.name for path in saves_folder(mine).iterdir()] == ["step4"]
+
+
+def test_a_save_that_cannot_be_read_is_told_with_what_to_do(tmp_path: Path) -> None:
+    trial = tiny_trial(resumable_cell("sft", "naive", 1), tmp_path / "trial")
+    step = kill_after_the_first_save(trial)
+    (saves_folder(trial) / f"step{step}" / "rank0.pt").write_bytes(b"torn")
+    (part,) = run_forked(trial)
+    assert part.outcome == "error"
+    assert "rank0.pt: no training state" in str(part.reason)
+    assert "to begin at the first step, would be right" in str(part.reason)
+
+
+# -- engines ---------------------------------------------------------------------------------------------------------
+
+
+def engine_cells() -> list[Any]:
+    wanted = [{"precision": "fp32"}, {"precision": "fp16-master"}, {"precision": "bf16-master", "lora_rank": 4}]
+    found = []
+    for name, strategy in all_strategies().items():
+        for changes in wanted:
+            cell = make_cell(name, 1 if name == "naive" else 2, **changes)
+            if strategy.resumable and strategy.unsupported(cell) is None:
+                found.append(pytest.param(cell, id=f"{name}-{changes['precision']}-lora{cell.lora_rank}"))
+    return found
+
+
+@pytest.mark.parametrize("cell", engine_cells())
+def test_a_fresh_engine_goes_on_exactly_where_a_saved_one_was(cell: Any) -> None:
+    for goes_on, again in run_ranks(stop_and_go_on, cell.world_size, cell):
+        assert again == goes_on
+        assert goes_on[-1] != goes_on[0]
+
+
+def stop_and_go_on(cell: Any) -> tuple[list[Any], list[Any]]:
+    """Losses, norms and final weights after a save: those of the engine that was saved, and of a fresh one that took it up."""
+    _, engine, _ = make_engine(cell)
+    for _ in range(3):
+        one_step(engine, cell)
+    file = io.BytesIO()
+    torch.save(engine.training_state(), file)
+    goes_on = [one_step(engine, cell) for _ in range(3)]
+    _, fresh, _ = make_engine(cell)
+    fresh.load_training_state(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
+    again = [one_step(fresh, cell) for _ in range(3)]
+    return [*goes_on, weights(engine)], [*again, weights(fresh)]
+
+
+def weights(engine: Engine) -> str | None:
+    state = engine.full_state()
+    return None if state is None else tensor_digest(state.items())
+
+
+def test_a_state_of_another_model_is_refused() -> None:
+    assert run_ranks(take_up_another, 1, make_cell("naive", 1)) == [True]
+
+
+def take_up_another(cell: Any) -> bool:
+    _, engine, _ = make_engine(cell)
+    _, other, _ = make_engine(make_cell("naive", 1, model="llama-tiny"))
+    with pytest.raises(CheckpointError, match=r"of another model or strategy; seen: .* would be right"):
+        engine.load_training_state(other.training_state())
+    return True
+
+
+@pytest.mark.parametrize(
+    ("outcome", "kept"), [("ok", False), ("diverged", False), ("invalid", False), ("cancelled", True), ("error", True)]
+)
+def test_saves_are_dropped_when_nobody_goes_on_with_them(outcome: Any, kept: bool, tmp_path: Path) -> None:
+    trial = make_trial(make_cell("naive", 1), 0, work=str(tmp_path / "work"))
+    (saves_folder(trial) / "step3").mkdir(parents=True)
+    drop_saves(trial, outcome)
+    assert saves_folder(trial).exists() is kept
