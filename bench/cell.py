@@ -51,7 +51,7 @@ class Settings:
     tokenizer_data: tuple[Name, ...] = ()
     """Data that a tokenizer is trained on when the weights are random; filled in at planning: all data of the suite."""
     tokenizer_vocabulary: Annotated[int, Field(ge=300)] = 8192
-    """Size of that tokenizer; the model keeps the vocabulary of its preset."""
+    """Largest size of that tokenizer; the model keeps the vocabulary of its preset, which limits the default where it is smaller."""
     precision: Precision = "bf16-master"
     """How numbers are stored; rankings stay within one mode. Explained in docs/metrics.md."""
     micro_batch: Count = 1

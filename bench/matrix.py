@@ -15,11 +15,11 @@ from pydantic import ValidationError
 from bench.cell import AXES, Cell, Settings, canonical_json, cell_from_json, cell_to_json, digest, identity, validate_settings
 from bench.data.sources import data_problem
 from bench.errors import Mistake, SuiteError, UserError
-from bench.models.presets import model_problem
+from bench.models.presets import model_problem, vocabulary_size
 from bench.record import write_json
 from bench.stages.base import SPECS
 from bench.strategies.base import all_strategies
-from bench.suite import Known, Limits, Suite, matches, read_suite, set_of_mistakes, settings_for
+from bench.suite import Known, Limits, Suite, matches, place_of_setting, read_suite, set_of_mistakes, settings_for
 
 PLAN_SCHEMA = "coati-bench/plan/1"
 
@@ -133,6 +133,7 @@ class _Expansion:
         settings = self._settings_of(axes, extra, path if extra is not None else f"stages.{axes['stage']}")
         if settings is None:
             return
+        self._check_vocabulary(axes, extra, path, settings)
         cell = Cell(**axes, settings=settings)
         reason = impossible(cell)
         if reason and extra is not None:
@@ -165,6 +166,17 @@ class _Expansion:
             return None
         return settings
 
+    def _check_vocabulary(self, axes: dict[str, Any], extra: dict[str, Any] | None, path: str, settings: Settings) -> None:
+        """Note a `tokenizer_vocabulary` that the suite names and that has more tokens than the model has embeddings."""
+        if settings.weights != "random":
+            return
+        key, wanted, room = "tokenizer_vocabulary", settings.tokenizer_vocabulary, vocabulary_size(axes["model"])
+        if room is None or wanted <= room:
+            return
+        place = f"{path}.settings.{key}" if key in (extra or {}) else place_of_setting(self.suite, axes, key)
+        if place:
+            self.mistakes.append(Mistake(place, f"more tokens than the {room} embeddings of {axes['model']}; {room} or less", wanted))
+
     def _tokenizer_data(self, axes: dict[str, Any], merged: dict[str, Any]) -> str:
         """Whose texts the tokenizer is trained on: those of the chain's first stage, so that all of its stages share it."""
         if axes["stage"] != "sft" and merged.get("warm_start", "shared") != "none":
@@ -176,7 +188,7 @@ class _Expansion:
         """Role -> what the cell begins from; plans the warm starts on the way."""
         settings, starts = cell.settings, {}
         if settings.weights == "random":
-            starts["tokenizer"] = self._tokenizer(settings)
+            starts["tokenizer"] = self._tokenizer(cell.model, settings)
         for role, stage in SPECS[cell.stage].starts.items():
             named = settings.reward_model if role == "reward" else "trained"
             if named not in ("trained", "fresh-head"):
@@ -187,8 +199,9 @@ class _Expansion:
                 starts[role] = self._shared(cell, stage)
         return starts
 
-    def _tokenizer(self, settings: Settings) -> str:
-        tokenizer = {"data": list(settings.tokenizer_data), "vocabulary": settings.tokenizer_vocabulary}
+    def _tokenizer(self, model: str, settings: Settings) -> str:
+        vocabulary = min(settings.tokenizer_vocabulary, vocabulary_size(model) or settings.tokenizer_vocabulary)
+        tokenizer = {"data": list(settings.tokenizer_data), "vocabulary": vocabulary}
         key = f"tokenizer-{digest(tokenizer)[:8]}"
         self.warm.setdefault(key, Warm(key=key, tokenizer=tokenizer))
         return key
@@ -214,6 +227,7 @@ class _Expansion:
         settings = self._settings_of(axes, None, f"stages.{stage}")
         if settings is None:
             return ""
+        self._check_vocabulary(axes, None, f"stages.{stage}", settings)
         warm_cell = Cell(**axes, settings=settings)
         if reason := impossible(warm_cell):
             self.mistakes.append(Mistake(f"stages.{stage}", f"the shared warm start of {cell.stage} cannot run: {reason}", axes))

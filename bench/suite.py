@@ -127,11 +127,21 @@ def matches(axes: Mapping[str, Any], pattern: Mapping[str, Any]) -> bool:
 
 def settings_for(suite: Suite, axes: Mapping[str, Any], extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Merge the settings of `suite` for one cell; `extra` are an included cell's own."""
-    merged = {**suite.settings, **suite.stages.get(axes["stage"], {})}
-    for override in suite.overrides:
+    return {key: value for _, settings in (*_layers(suite, axes), ("", extra or {})) for key, value in settings.items()}
+
+
+def place_of_setting(suite: Suite, axes: Mapping[str, Any], key: str) -> str | None:
+    """Where in the file the value of the setting `key` stands that a cell gets; None if it keeps its default."""
+    return next((f"{path}.{key}" for path, settings in reversed(list(_layers(suite, axes))) if key in settings), None)
+
+
+def _layers(suite: Suite, axes: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (path, settings) of every place that gives settings to a cell; later ones win."""
+    yield "settings", suite.settings
+    yield f"stages.{axes['stage']}", suite.stages.get(axes["stage"], {})
+    for i, override in enumerate(suite.overrides):
         if matches(axes, override.when):
-            merged |= override.settings
-    return {**merged, **(extra or {})}
+            yield f"overrides[{i}].settings", override.settings
 
 
 # -- reading -----------------------------------------------------------------------------------------------------

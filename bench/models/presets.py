@@ -163,8 +163,11 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 def model_problem(name: str) -> str | None:
     """Why `name` names no model, or None: a preset, a folder with config.json and a hub id `org/name` do."""
-    if name in PRESETS or (Path(name).expanduser() / "config.json").is_file():
+    if name in PRESETS:
         return None
+    if (path := Path(name).expanduser() / "config.json").is_file():
+        wrong = "config.json of this folder is no JSON object; a model folder has one that transformers wrote"
+        return wrong if _read_config(path) is None else None
     if Path(name).expanduser().exists():
         return "this path has no config.json; a model folder has one, next to its weights"
     if _HUB_ID.fullmatch(name) and not name.startswith("."):
@@ -180,18 +183,38 @@ def parameter_count(name: str) -> int | None:
     >>> parameter_count("bloom-560m"), parameter_count("llama-7b"), parameter_count("org/unknown")
     (559214592, 6738415616, None)
     """
-    preset = PRESETS.get(name)
-    if preset is not None:
-        return _COUNTS[preset.model_type](preset.config)
-    path = Path(name).expanduser() / "config.json"
-    if not path.is_file():
-        return None
-    config = json.loads(path.read_text(encoding="utf-8"))
-    count = _COUNTS.get(config.get("model_type"))
+    config = _numbers(name)
+    count = _COUNTS.get(str(config.get("model_type")))
     try:
         return count(config) if count else None
     except KeyError:
         return None
+
+
+def vocabulary_size(name: str) -> int | None:
+    """Embeddings of the model `name`, which is as many tokens as its tokenizer may have; None where the numbers are not at hand.
+
+    >>> vocabulary_size("bloom-560m"), vocabulary_size("bloom-tiny"), vocabulary_size("org/unknown")
+    (250880, 4096, None)
+    """
+    size = _numbers(name).get("vocab_size")
+    return size if isinstance(size, int) else None
+
+
+def _numbers(name: str) -> dict[str, Any]:
+    """The configuration of a preset or of a model folder; empty where there is none to be read."""
+    if preset := PRESETS.get(name):
+        return {**preset.config, "model_type": preset.model_type}
+    return _read_config(Path(name).expanduser() / "config.json") or {}
+
+
+def _read_config(path: Path) -> dict[str, Any] | None:
+    """The JSON object in `path`, or None."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def _count_bloom(config: dict[str, Any]) -> int:

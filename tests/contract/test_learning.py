@@ -12,7 +12,7 @@ from tests.trials import only, run_forked, tiny_cell, tiny_trial
 SFT = {"steps": 30, "global_batch": 8, "micro_batch": 8, "sequence_length": 64, "learning_rate": 1e-2, "warmup_share": 0.1}
 RM = {"steps": 15, "global_batch": 8, "micro_batch": 8, "sequence_length": 64, "learning_rate": 5e-3, "warmup_share": 0.1}
 PPO = {
-    "iterations": 4, "prompts_per_iteration": 32, "global_batch": 16, "micro_batch": 16, "prompt_length": 24, "response_length": 12,
+    "iterations": 8, "prompts_per_iteration": 32, "global_batch": 16, "micro_batch": 16, "prompt_length": 24, "response_length": 12,
     "learning_rate": 2e-3, "warmup_share": 0.1, "lap_steps": 1,
 }  # fmt: skip
 SEEDS = 3

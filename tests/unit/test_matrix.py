@@ -161,3 +161,31 @@ def test_ten_thousand_cells_are_planned_without_torch_in_little_memory(tmp_path:
     cells, kilobytes, torch_loaded = done.stdout.split()
     assert (int(cells), torch_loaded) == (10_000, "False")
     assert int(kilobytes) < 500_000
+
+
+def test_a_tokenizer_larger_than_the_model_s_vocabulary_is_refused_where_it_is_named_all_at_once() -> None:
+    with pytest.raises(SuiteError) as caught:
+        plan_of(
+            axes=axes(stage=["sft", "rm"], model=["bloom-tiny", "bloom-560m"]),
+            settings={"device": "cpu", "launcher": "fork", "tokenizer_vocabulary": 5000},
+            stages={**STAGES, "rm": {"steps": 10, "tokenizer_vocabulary": 4097}},
+            overrides=[{"when": {"stage": "sft", "strategy": "ddp"}, "settings": {"tokenizer_vocabulary": 6000}}],
+            include=[{"stage": "sft", "model": "gpt2-tiny", "strategy": "ddp", "settings": {"tokenizer_vocabulary": 7000}}],
+        )
+    assert [(mistake.path, mistake.problem, mistake.value) for mistake in caught.value.mistakes] == [
+        ("include[0].settings.tokenizer_vocabulary", "more tokens than the 4096 embeddings of gpt2-tiny; 4096 or less", 7000),
+        ("overrides[0].settings.tokenizer_vocabulary", "more tokens than the 4096 embeddings of bloom-tiny; 4096 or less", 6000),
+        ("settings.tokenizer_vocabulary", "more tokens than the 4096 embeddings of bloom-tiny; 4096 or less", 5000),
+        ("stages.rm.tokenizer_vocabulary", "more tokens than the 4096 embeddings of bloom-tiny; 4096 or less", 4097),
+    ]
+
+
+def test_without_a_named_size_the_tokenizer_fits_every_model_and_cells_keep_their_ids() -> None:
+    plan = plan_of(axes=axes(model=["bloom-tiny", "bloom-560m"]))
+    sizes = {warm.tokenizer["vocabulary"] for warm in plan.warm if warm.tokenizer}
+    assert sizes == {4096, 8192}
+    assert {cell.settings.tokenizer_vocabulary for cell in plan.cells.values()} == {8192}
+
+
+def test_a_pretrained_model_brings_its_own_tokenizer_so_no_size_is_refused() -> None:
+    plan_of(settings={"device": "cpu", "launcher": "fork", "weights": "/somewhere", "tokenizer_vocabulary": 9999})

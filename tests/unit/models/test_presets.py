@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from bench.models.presets import PRESETS, model_problem, parameter_count
+from bench.models.presets import PRESETS, model_problem, parameter_count, vocabulary_size
 
 # Billions, to three decimals, of the architectures that ColossalAI v0.2.8's benchmarks build.
 GPT2 = {
@@ -93,6 +93,14 @@ def test_an_unknown_name_is_told_with_the_presets() -> None:
 
 def test_a_folder_without_configuration_is_told(tmp_path: Path) -> None:
     assert "config.json" in str(model_problem(str(tmp_path)))
+
+
+def test_a_model_folder_whose_configuration_is_no_json_is_refused_and_has_no_known_sizes(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{'vocab_size': 7}", encoding="utf-8")
+    assert "no JSON object" in str(model_problem(str(tmp_path)))
+    assert (vocabulary_size(str(tmp_path)), parameter_count(str(tmp_path))) == (None, None)
+    (tmp_path / "config.json").write_text('{"vocab_size": 7}', encoding="utf-8")
+    assert (model_problem(str(tmp_path)), vocabulary_size(str(tmp_path))) == (None, 7)
 
 
 def test_presets_import_no_torch() -> None:
