@@ -39,6 +39,10 @@ def _in_file(file: Path) -> list[dict[str, Any]]:
     return found
 
 
+def _states_rates(item: Any) -> bool:
+    return isinstance(item, dict) and isinstance(item.get("matrix_flops_per_second"), dict) and "device" in item
+
+
 def _content(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))

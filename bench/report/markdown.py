@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from bench.report.page import STATE_WORDS, SYMBOLS, Notice, Page, StagePart
-from bench.report.tables import Column, TableCell
+from bench.report.tables import Column, Table, TableCell
 from bench.report.text import counted
 
 SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~])")
@@ -61,12 +61,19 @@ def _stage(stage: StagePart) -> Iterator[str]:
     heads = [" · ".join(parts) for parts in stage.grid.columns]
     yield _table(["strategy", *heads], [[name, *(SYMBOLS.get(state, "") for state in states)] for name, states in stage.grid.lines])
     yield plain("; ".join(f"{SYMBOLS[state]} {STATE_WORDS[state]}" for state in stage.grid.states) + ".")
-    columns = stage.table.columns
-    rows = [[_entry(entry) for entry in line.cells] for line in stage.table.lines]
-    yield _table([_head(column) for column in columns], rows, [column.numeric for column in columns])
+    yield _results(stage.table)
     if stage.notes:
         yield _listed(stage.notes)
+    for detail in stage.details:
+        yield f"### {plain(stage.title)}: {plain(detail.title)}"
+        yield _results(detail.table)
+        yield plain(f"No value: {'. '.join(detail.absent)}.") if detail.absent else ""
     yield plain("Held fixed: " + ", ".join(f"{name} {value}" for name, value in stage.table.fixed) + ".")
+
+
+def _results(table: Table) -> str:
+    rows = [[_entry(entry) for entry in line.cells] for line in table.lines]
+    return _table([_head(column) for column in table.columns], rows, [column.numeric for column in table.columns])
 
 
 def _head(column: Column) -> str:

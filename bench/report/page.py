@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from bench.cell import Cell
 from bench.record import Record
 from bench.report.analysis import Analysis, CellResult
+from bench.report.detail_tables import Detail, detail_tables
 from bench.report.headline import Answer, Tile, answers, sentences, tiles
 from bench.report.inventory import BadFile
 from bench.report.plots import Figure, stage_figures, style_of
@@ -82,6 +83,7 @@ class StagePart:
     strategies: tuple[str, ...]
     grid: Grid
     table: Table
+    details: tuple[Detail, ...]
     figures: tuple[Figure, ...]
     notes: tuple[str, ...]
 
@@ -181,7 +183,8 @@ def _stage(analysis: Analysis, stage: str) -> StagePart:
     table = stage_table(results, bands=bool(analysis.bands))
     strategies = tuple(name for name in analysis.strategies if any(result.cell.strategy == name for result in results))
     return StagePart(
-        stage, SPECS[stage].title, strategies, _grid(analysis, stage), table, tuple(stage_figures(analysis, stage)), tuple(_notes(results))
+        stage, SPECS[stage].title, strategies, _grid(analysis, stage), table, tuple(detail_tables(results)),
+        tuple(stage_figures(analysis, stage)), tuple(_notes(results)),
     )  # fmt: skip
 
 

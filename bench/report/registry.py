@@ -14,6 +14,8 @@ from bench.report.parity import NOTHING_TRAINED, trained_nothing
 from bench.report.windows import Window, cut_window, job_laps
 
 GIB = 2**30
+SHARE = "share of "
+"""Units that begin so are shares of something named."""
 STAGES = tuple(SETTINGS)
 
 
@@ -41,6 +43,16 @@ class Metric:
     def is_time(self) -> bool:
         """Whether it says something wrong where the clock or the counts are wrong."""
         return self.clocked and self.unit not in ("GiB", "J")
+
+    @property
+    def is_share(self) -> bool:
+        """Whether tables show it in percent; the data have the share."""
+        return self.unit.startswith(SHARE)
+
+    @property
+    def shown_unit(self) -> str:
+        """The unit in tables."""
+        return self.unit.replace(SHARE, "% of ") if self.is_share else self.unit
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from bench.cell import Cell, cell_to_json
 from bench.report.analysis import CellResult, memory_metric
 from bench.report.metrics import METRICS, primary_metric
 from bench.report.provenance import without_paths
+from bench.report.statistics import Summary
 from bench.report.text import DASH, lora, number, shape, spread
 
 IDENTITY = ("stage", "model", "strategy", "lora_rank", "nodes", "processes_per_node")
@@ -66,15 +67,19 @@ Make = Callable[[CellResult], TableCell]
 def stage_table(results: Sequence[CellResult], *, bands: bool) -> Table:
     """The table of one stage's cells; `bands` adds the reference band."""
     varying, fixed = _settings(results)
-    several_models = len({result.cell.model for result in results}) > 1
     own = [_setting(name) for name in varying if name == "precision"]
     rest = [name for name in varying if name != "precision"]
-    makers = [*_identity(several_models), *own, *_measured(results, bands=bands), *([_other_settings(rest)] if rest else [])]
-    starts = [_group(result.cell) != _group(before.cell) for before, result in zip([results[-1], *results], results, strict=False)]
+    makers = [*identity_columns(results), *own, *_measured(results, bands=bands), *([_other_settings(rest)] if rest else [])]
     lines = tuple(
-        Line(tuple(make(result) for _, make in makers), result.cell.strategy, first) for result, first in zip(results, starts, strict=True)
+        Line(tuple(make(result) for _, make in makers), result.cell.strategy, first)
+        for result, first in zip(results, starts_of_groups(results), strict=True)
     )
     return Table(tuple(column for column, _ in makers), lines, fixed)
+
+
+def starts_of_groups(results: Sequence[CellResult]) -> list[bool]:
+    """Whether a new model, LoRA rank or number of ranks begins with each cell."""
+    return [_group(result.cell) != _group(before.cell) for before, result in zip([results[-1], *results], results, strict=False)]
 
 
 def _group(cell: Cell) -> tuple[object, ...]:
@@ -105,7 +110,8 @@ def _written(value: Any) -> str:
 # -- columns -----------------------------------------------------------------------------------------------------
 
 
-def _identity(several_models: bool) -> list[tuple[Column, Make]]:
+def identity_columns(results: Sequence[CellResult]) -> list[tuple[Column, Make]]:
+    """What tells the cells of a stage apart: strategy, LoRA rank, ranks, and the model where there are several."""
     strategy = Column("strategy", help="How model and optimizer state lie over ranks.")
     adapters = Column("LoRA", "rank", "Rank of the adapters; full trains all parameters.", numeric=True)
     ranks = Column("nodes × ranks", "per node", "Nodes times processes per node.")
@@ -114,7 +120,7 @@ def _identity(several_models: bool) -> list[tuple[Column, Make]]:
         (adapters, lambda it: TableCell(lora(it.cell), sort=it.cell.lora_rank)),
         (ranks, lambda it: TableCell(shape(it.cell), sort=it.cell.world_size)),
     ]
-    if several_models:
+    if len({result.cell.model for result in results}) > 1:
         columns.insert(1, (Column("model"), lambda it: TableCell(it.cell.model, sort=it.cell.model)))
     return columns
 
@@ -145,10 +151,11 @@ def _measured(results: Sequence[CellResult], *, bands: bool) -> list[tuple[Colum
     columns = [
         (Column("outcome", help="How the trials ended. Failures are results; their reasons stand below."), outcome_cell),
         (Column("losses", help="Parity with naive: whether the strategy computes the same. Struck rows are never ranked."), parity_cell),
-        _metric_column(primary),
+        metric_column(primary),
         *(comparison if any(result.ok and result.clock_problem is None for result in results) else []),
-        _metric_column("step_seconds", "iteration" if stage == "ppo" else "step"),
-        _metric_column(memory),
+        metric_column("step_seconds", "iteration" if stage == "ppo" else "step"),
+        *([metric_column("mfu")] if any(result.summary("mfu") for result in results) else []),
+        metric_column(memory),
         *_quality_columns(stage),
     ]
     if bands:
@@ -159,7 +166,7 @@ def _measured(results: Sequence[CellResult], *, bands: bool) -> list[tuple[Colum
 def _quality_columns(stage: str) -> list[tuple[Column, Make]]:
     last = "final_reward" if stage == "ppo" else "final_loss"
     names = {"sft": ("loss",), "rm": ("accuracy", "margin", "loss"), "ppo": ("reward", "kl")}[stage]
-    return [_metric_column(last), *(_held_out_column(name) for name in names)]
+    return [metric_column(last), *(_held_out_column(name) for name in names)]
 
 
 def _held_out_column(name: str) -> tuple[Column, Make]:
@@ -173,9 +180,10 @@ def _held_out_column(name: str) -> tuple[Column, Make]:
     return Column(f"held-out {name}", f"{METRICS[after].unit}, before → after", words, numeric=True), make
 
 
-def _metric_column(name: str, title: str | None = None) -> tuple[Column, Make]:
+def metric_column(name: str, title: str | None = None) -> tuple[Column, Make]:
+    """The column of a metric, under its own title or another."""
     item = METRICS[name]
-    return Column(title or item.title, item.unit, item.explanation, numeric=True), lambda result: metric_cell(result, name)
+    return Column(title or item.title, item.shown_unit, item.explanation, numeric=True), lambda result: metric_cell(result, name)
 
 
 def metric_cell(result: CellResult, name: str) -> TableCell:
@@ -183,6 +191,8 @@ def metric_cell(result: CellResult, name: str) -> TableCell:
     summary = result.summary(name)
     if summary is None:
         return TableCell(DASH, sort="", hint=result.why_none(name), kind="muted")
+    if METRICS[name].is_share:
+        summary = Summary(tuple(100 * point for point in summary.points))
     muted = METRICS[name].clocked and result.clock_problem
     note = "" if muted else spread(summary)
     hint = f"not a measurement: {result.clock_problem}" if muted else result.indicative or "" if METRICS[name].clocked else ""

@@ -46,7 +46,7 @@ def _achieved(trial: Trial) -> float:
     return _share(trial, total(work_of(trial).values()).model, trial.timed().elapsed, 1.0)
 
 
-@metric(title="MFU", unit="share", direction="higher", source=f"{PEAK}; Chowdhery et al. 2022, appendix B", clocked=True, name="mfu")
+@metric(title="MFU", unit="share of peak", direction="higher", source=f"{PEAK}; Chowdhery et al. 2022, appendix B", clocked=True, name="mfu")
 def model_flops_utilisation(trial: Trial) -> float:
     """Model FLOPs utilisation: model FLOPs of the window over what all devices could multiply in its time at their dense peak. LoRA
     counts what LoRA needs, not 6N. PPO: the whole iteration, of which decoding is bound by memory, so it is low by nature.
@@ -54,7 +54,7 @@ def model_flops_utilisation(trial: Trial) -> float:
     return _share(trial, total(work_of(trial).values()).model, trial.timed().elapsed, peak_of(trial))
 
 
-@metric(title="HFU", unit="share", direction="none", source="Korthikanti et al. 2022, section 6", clocked=True, name="hfu")
+@metric(title="HFU", unit="share of peak", direction="none", source="Korthikanti et al. 2022, section 6", clocked=True, name="hfu")
 def hardware_flops_utilisation(trial: Trial) -> float:
     """Hardware FLOPs utilisation: as MFU, with padded positions and the recomputation of activation checkpointing: how busy the device
     was, useful or not.
@@ -63,7 +63,7 @@ def hardware_flops_utilisation(trial: Trial) -> float:
     return hfu(flops, trial.timed().elapsed, devices=trial.cell.world_size, peak=peak_of(trial))
 
 
-@metric(title="vs attainable", unit="share", direction="higher", source="`coati-bench doctor --bench` on the node", clocked=True)
+@metric(title="vs attainable", unit="share of attainable", direction="higher", source="`coati-bench doctor --bench` on the node", clocked=True)
 def vs_attainable(trial: Trial) -> float:
     """As MFU, over the rate of large matrix products measured on the node in the same type: no program reaches the data sheet's peak,
     and a lowered power limit moves it further away.
@@ -73,14 +73,14 @@ def vs_attainable(trial: Trial) -> float:
     return _achieved(trial) / attained_rate(trial)
 
 
-@metric(title="MFU of learning", unit="share", direction="higher", source=PEAK, stages=("ppo",), clocked=True)
+@metric(title="MFU of learning", unit="share of peak", direction="higher", source=PEAK, stages=("ppo",), clocked=True)
 def learning_mfu(trial: Trial) -> float:
     """MFU of the phases policy_learn and critic_learn alone: what compares with MFU of SFT."""
     work = work_of(trial)
     return _share(trial, total(work[name] for name in LEARNING).model, trial.in_phases(*LEARNING), peak_of(trial))
 
 
-@metric(title="MBU of decoding", unit="share", direction="higher", source="Pope et al. 2022, section 2", stages=("ppo",), clocked=True)
+@metric(title="MBU of decoding", unit="share of bandwidth", direction="higher", source="Pope et al. 2022, section 2", stages=("ppo",), clocked=True)
 def decode_mbu(trial: Trial) -> float:
     """Memory bandwidth utilisation of decoding: weights and key-value cache that every decode step must read, over what the memory could
     deliver in the time of rollout_decode at its peak bandwidth. A lower bound: written bytes and activations are left out.

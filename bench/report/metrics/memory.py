@@ -42,7 +42,7 @@ def theory_state_gib(trial: Trial) -> float:
     """Weights, gradients and optimizer states of all models that one rank holds, from the model's sizes, the sharding, the precision
     mode and the LoRA rank. On the device or in host memory, as the strategy places them.
     """
-    shape_in(trial)
+    _ = trial.lead, shape_in(trial)
     found = needs(trial.cell)
     assert found is not None, "a preset has a shape"
     return found.state_bytes / GIB
@@ -67,7 +67,7 @@ def _largest_moment(trial: Trial) -> Moment:
     shape, window = shape_in(trial), trial.window
     loss_tokens, sequences = (window.total(unit) if window else None for unit in ("loss_tokens", "sequences"))
     heads = trial.cell.settings.micro_batch * loss_tokens / sequences if trial.cell.stage == "sft" and loss_tokens and sequences else None
-    longest = trial.lead.facts.get("longest_sequence") if trial.record.parts else None
+    longest = trial.lead.facts.get("longest_sequence")
     found = peak_moment(trial.cell, shape, length=longest if isinstance(longest, int) else None, heads=heads)
     if found is None:
         raise NoValue("no theory of the peak of a model that is split over ranks, or whose activations are not known")

@@ -108,7 +108,7 @@ def other_seconds(trial: Trial) -> float:
     return means[OTHER]
 
 
-@metric(title="other share", unit="share", direction="lower", source=PHASES, stages=("ppo",), clocked=True)
+@metric(title="other share", unit="share of iteration", direction="lower", source=PHASES, stages=("ppo",), clocked=True)
 def other_share(trial: Trial) -> float:
     """Share of the phases' time that no phase accounts for; it stays within 3 % on a GPU."""
     return other_seconds(trial) / sum(phase_means(trial).values())

@@ -9,6 +9,7 @@ from bench.cell import PpoSettings
 from bench.measure.physics import RATE_TOLERANCE
 from bench.report.registry import TIME_GATES, NoValue, Trial, metric
 
+COUNTS = "Lap.counts of the timed window"
 WINDOW = "Lap.counts and Lap.seconds of the timed window"
 
 
@@ -70,7 +71,7 @@ def straggler_ratio(trial: Trial) -> float:
     return max(totals) / median(totals)
 
 
-@metric(title="padding efficiency", unit="share", direction="higher", source="Lap.counts of the timed window", stages=("sft", "rm"))
+@metric(title="padding efficiency", unit="share of tokens", direction="higher", source=COUNTS, stages=("sft", "rm"))
 def padding_efficiency(trial: Trial) -> float:
     """Tokens that are not padding / tokens with padding, over the timed window. A count, so it holds on any machine."""
     if trial.window is None:
