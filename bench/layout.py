@@ -57,6 +57,10 @@ class Layout(NamedTuple):
         """A record."""
         return self.records / cell_id / f"{trial}.json"
 
+    def telemetry(self, cell_id: str, trial: int) -> Path:
+        """What was read of devices and host over a trial (`bench.measure.timeline`)."""
+        return self.root / "telemetry" / cell_id / f"{trial}.json.gz"
+
     def logs(self, cell_id: str, trial: int) -> Path:
         """Work folder of a trial: trial.json, parts, heartbeats, rank<k>.log."""
         return self.root / "logs" / cell_id / str(trial)
@@ -64,6 +68,14 @@ class Layout(NamedTuple):
     def chained(self, cell_id: str, trial: int) -> Path:
         """Weights that a cell left for its next stage (`warm_start: chain`)."""
         return self.root / "warm" / f"{cell_id}-trial{trial}"
+
+
+def telemetry_path(record: Path) -> Path:
+    """Where the telemetry of the trial with this record goes: its place in the suite, or beside a record that lies elsewhere."""
+    records, cell_id = record.parent.parent, record.parent.name
+    if records.name == "records" and record.stem.isdigit():
+        return Layout(records.parent).telemetry(cell_id, int(record.stem))
+    return record.with_name(f"{record.stem}.telemetry.json.gz")
 
 
 def file_name(name: str) -> str:

@@ -46,6 +46,8 @@ class Lap:
     response_tokens, learned_tokens."""
     phases: dict[str, Finite] = field(default_factory=dict)
     """Seconds by phase (PPO), the residual as `other`."""
+    opened: Finite | None = None
+    """When the lap began, in seconds since the epoch by the rank's host: which readings of the devices belong to it."""
 
 
 @dataclass(config=STRICT, frozen=True, slots=True, kw_only=True)
@@ -188,8 +190,8 @@ class Record:
     inputs: list[Input] = field(default_factory=list)
     parts: list[Part] = field(default_factory=list)
     observed: dict[str, Any] = field(default_factory=dict)
-    """What the supervisor saw from outside: device_memory_peak_bytes by device, host_peak_bytes, seconds, exit codes,
-    time_to_detection_seconds."""
+    """What the supervisor saw from outside: device_memory_peak_bytes by device, host_peak_bytes, devices {uuid: {power, clocks,
+    energy_joules, laps_energy_joules, unknown: why a value is null}}, telemetry_file, seconds, exit codes, time_to_detection_seconds."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """Versions, lock hash, commit, machine of every node, command, UTC start and end."""
 

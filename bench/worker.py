@@ -28,7 +28,7 @@ from torch import Tensor
 from bench.errors import BenchError, MachineError
 from bench.measure.clock import LapClock, synchronise
 from bench.measure.memory import MemoryWatch
-from bench.record import Lap, Outcome, Part, save_part, write_json
+from bench.record import Lap, Memory, Outcome, Part, save_part, write_json
 from bench.resume import Resume
 from bench.stages.base import Place, Stage, StepReport, build_stage
 from bench.strategies.base import Strategy, all_strategies
@@ -194,7 +194,7 @@ class Rank:
                 if index == 0:
                     self._first_step(place)
             seconds = clock.stop()
-            self._take(reports, first, seconds)
+            self._take(reports, first, seconds, clock.opened)
             self.heart.enter("train", first + len(reports))
             self._save(resume, first, first + len(reports))
 
@@ -218,7 +218,7 @@ class Rank:
     def _spend(self, what: str, seconds: float) -> None:
         self.found.seconds[what] = self.found.seconds.get(what, 0.0) + seconds
 
-    def _take(self, reports: list[StepReport], first: int, seconds: float) -> None:
+    def _take(self, reports: list[StepReport], first: int, seconds: float, opened: float) -> None:
         """Read the lap's values, in one transfer, and keep the lap; raises Diverged."""
         steps = read_rows([step for report in reports for step in report.steps])
         iterations = read_rows([report.iteration for report in reports])
@@ -229,7 +229,7 @@ class Rank:
             self._extend(values, first + row)
         self.found.laps.append(
             Lap(first_step=first, steps=len(reports), seconds=seconds, counts=add_up([report.counts for report in reports]),
-                phases=add_up([report.phases for report in reports]))
+                phases=add_up([report.phases for report in reports]), opened=opened)
         )  # fmt: skip
 
     def _extend(self, values: dict[str, float], step: int) -> None:
@@ -251,7 +251,7 @@ class Rank:
                 rank=self.rank, local_rank=self.local_rank, node=self.node, world_size=self.world_size, hostname=socket.gethostname(),
                 pid=os.getpid(), outcome=ending.outcome, reason=ending.reason, phase=self.heart.phase, step=self.heart.step,
                 resumed_step=self.found.resumed_step, laps=self.found.laps, series=self.found.series, held_out=self.found.held_out,
-                seconds=self.found.seconds, facts=self.found.facts, **({} if watch is None else {"memory": watch.read()}),
+                seconds=self.found.seconds, facts=self.found.facts, memory=Memory() if watch is None else watch.read(),
             ),
             self.trial.part_path(self.rank),
         )  # fmt: skip

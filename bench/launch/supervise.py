@@ -27,9 +27,11 @@ from bench.launch.pool import BusyError, LackingError, hold_devices
 from bench.launch.processes import proportional_bytes, resident_bytes, signal_name
 from bench.launch.rank import read_process
 from bench.launch.watch import Stop, Watched, dump_stacks, listening, watch
+from bench.layout import telemetry_path
 from bench.measure.nvml import Device
 from bench.measure.provenance import utc_now
 from bench.measure.telemetry import Telemetry
+from bench.measure.timeline import Timeline
 from bench.record import Part, Record, load_part, save_record
 from bench.saves import drop_saves
 from bench.trial import Trial, save_trial
@@ -67,7 +69,7 @@ def run_trial(
         attempt, tried = 0, Try(verdict=Verdict("cancelled", "asked to stop before the start"))
         while attempt < MOST_TRIES and not heard.asked:
             attempt += 1
-            tried = _try_with_devices(trial, launcher, heard)
+            tried = _try_with_devices(trial, launcher, heard, telemetry_path(record_path))
             if not tried.verdict.incident or heard.wait(attempt):
                 break
         trial_file = Path(trial.work) / "trial.json"
@@ -106,14 +108,14 @@ def _launcher(trial: Trial, parent: ForkParent | None, agents: Agents | None) ->
             yield own
 
 
-def _try_with_devices(trial: Trial, launcher: Launcher, stop: Stop) -> Try:
+def _try_with_devices(trial: Trial, launcher: Launcher, stop: Stop, telemetry: Path) -> Try:
     """One try on idle devices that nobody else holds, or on the CPU."""
     cell = trial.parsed_cell
     try:
         if cell.settings.device == "cpu":
-            return _try(trial, launcher, stop, [])
+            return _try(trial, launcher, stop, [], telemetry)
         with hold_devices(cell.world_size, stopped=stop.wait) as devices:
-            return _try(trial, launcher, stop, devices)
+            return _try(trial, launcher, stop, devices, telemetry)
     except BusyError as problem:
         return Try(verdict=Verdict("busy", str(problem)))
     except LackingError as problem:
@@ -126,7 +128,7 @@ def _try_with_devices(trial: Trial, launcher: Launcher, stop: Stop) -> Try:
         return Try(verdict=Verdict("error", f"the work folder cannot be written: {problem}"))
 
 
-def _try(trial: Trial, launcher: Launcher, stop: Stop, devices: list[Device]) -> Try:
+def _try(trial: Trial, launcher: Launcher, stop: Stop, devices: list[Device], telemetry_file: Path) -> Try:
     work = Path(trial.work)
     clean(work)
     save_trial(trial, work / "trial.json")
@@ -146,7 +148,26 @@ def _try(trial: Trial, launcher: Launcher, stop: Stop, devices: list[Device]) ->
     if (strangers := telemetry.strangers()) and verdict.outcome == "ok":
         verdict = Verdict("invalid", f"a process of somebody else computed on the devices meanwhile: {', '.join(map(str, strangers))}")
     flags = [f"throttled: {reason}" for reason in telemetry.throttles()]
-    return Try(verdict=verdict, parts=tuple(seen.parts.values()), observed=_observed(trial, watched, telemetry), flags=tuple(flags))
+    observed = _observed(trial, watched, telemetry) | _keep(telemetry.timeline, telemetry_file)
+    add_lap_energy(observed["devices"], telemetry.timeline, seen.parts)
+    return Try(verdict=verdict, parts=tuple(seen.parts.values()), observed=observed, flags=tuple(flags))
+
+
+def _keep(timeline: Timeline, path: Path) -> dict[str, Any]:
+    """Write the telemetry file; a full disk is no reason to lose the record."""
+    try:
+        timeline.save(path)
+    except OSError as error:
+        return {"telemetry_file": None, "telemetry_note": f"the telemetry file could not be written: {error.strerror}"}
+    return {"telemetry_file": f"{path.parent.name}/{path.name}"}
+
+
+def add_lap_energy(devices: dict[str, dict[str, Any]], timeline: Timeline, parts: dict[int, Part]) -> None:
+    """Add the energy of every lap to what was observed of each device; laps begin and end as the lowest rank's did."""
+    lead = parts[min(parts)] if parts else None
+    edges = [(lap.opened, lap.opened + lap.seconds) for lap in lead.laps if lap.opened is not None] if lead else []
+    for uuid, found in devices.items():
+        found["laps_energy_joules"] = timeline.energy_between(uuid, edges)
 
 
 def _gather(trial: Trial, job: Job, watched: Watched, stop: Stop, kills: int) -> Seen:

@@ -29,10 +29,13 @@ class LapClock:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._start: float | None = None
+        self.opened = 0.0
+        """When the lap was opened, in seconds since the epoch: tells which readings of the devices belong to it, times nothing."""
 
     def start(self) -> None:
         """Open a lap at a synchronised edge."""
         synchronise(self._device)
+        self.opened = time.time()
         self._start = time.perf_counter()
 
     def stop(self) -> float:

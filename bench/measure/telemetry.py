@@ -1,7 +1,7 @@
 """Memory, power and strangers, watched from outside the ranks while a trial runs. Torch-free.
 
 The driver sees 1.5 to 4 GiB of context and communication buffers that torch's allocator does not, and only while they are
-there: so the supervisor polls, and keeps peaks.
+there: so the supervisor polls, and keeps peaks. What changes slowly goes into a `Timeline`.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
+from bench.measure.load import HostLoad
 from bench.measure.nvml import Device
+from bench.measure.timeline import Timeline
 
-FAST_SECONDS, SLOW_SECONDS = 0.05, 1.0
-"""Between two readings of memory, and of what is dearer to read: shared pages, power, clocks, processes."""
+FAST_SECONDS, SLOW_SECONDS = 0.05, 0.5
+"""Between two readings of memory, and of what is dearer to read: shared pages, power, clocks, processes, the host."""
 
 SEARCH_SHARE = 0.05
 """Largest share of the thread's time for finding the ranks' processes: on a node with thousands of others that is slow."""
@@ -38,8 +40,9 @@ class Telemetry:
         self._devices, self._no_devices = tuple(devices), no_devices
         self._baseline = {device.uuid: device.used_bytes() for device in devices}
         self._energy = {device.uuid: device.energy_joules() for device in devices}
+        self._load, self.timeline = HostLoad(), Timeline()
+        self._cgroup_baseline = self._cgroup_peak = self._load.cgroup_bytes()
         self._peak: dict[str, int] = {}
-        self._slow: dict[str, _Slow] = {device.uuid: _Slow() for device in devices}
         self._host_peak = self._host_shared_peak = self._samples = 0
         self._found: list[int] = []
         self._search_due = self._walk_due = 0.0
@@ -66,13 +69,16 @@ class Telemetry:
 
     def throttles(self) -> list[str]:
         """Why clocks were held down, except by the power cap, which is normal."""
-        return sorted({reason for slow in self._slow.values() for reason in slow.throttles} - {"power-cap"})
+        found = {reason for device in self._devices for reason in self.timeline.summary(device.uuid)["throttles"]}
+        return sorted(found - {"power-cap"})
 
     def observed(self) -> dict[str, Any]:
-        """Peaks in bytes, for `Record.observed`."""
+        """Peaks in bytes and what summarises the timeline, for `Record.observed`; what is null has its reason beside it."""
         return {
             "host_peak_bytes": self._host_peak or None,
             "host_peak_proportional_bytes": self._host_shared_peak or None,
+            "cgroup_peak_bytes": self._cgroup_peak,
+            "cgroup_baseline_bytes": self._cgroup_baseline,
             "device_memory_peak_bytes": self._peak if self._devices else None,
             "device_memory_baseline_bytes": self._baseline if self._devices else None,
             "device_memory_note": None if self._devices else self._no_devices,
@@ -83,7 +89,7 @@ class Telemetry:
     def _device(self, device: Device) -> dict[str, Any]:
         before, after = self._energy[device.uuid], device.energy_joules()
         energy = None if before is None or after is None else after - before
-        return {**self._slow[device.uuid].summary(), "energy_joules": energy}
+        return {**self.timeline.summary(device.uuid), "energy_joules": energy, "unknown": dict(device.reasons)}
 
     def _poll(self) -> None:
         due = 0.0
@@ -99,9 +105,12 @@ class Telemetry:
             used, idle = device.used_bytes(), self._baseline[device.uuid]
             if used is not None and idle is not None:
                 self._peak[device.uuid] = max(self._peak.get(device.uuid, 0), used - idle)
+        resident = sum(map(self._resident, self._search()))
+        self._host_peak = max(self._host_peak, resident)
+        if (group := self._load.cgroup_bytes()) is not None:
+            self._cgroup_peak = max(self._cgroup_peak or 0, group)
         if slow:
-            self._sample_slow()
-        self._host_peak = max(self._host_peak, sum(map(self._resident, self._search())))
+            self._sample_slow(resident)
         self._samples += 1
 
     def _search(self, now: bool = False) -> list[int]:
@@ -121,37 +130,12 @@ class Telemetry:
             end = time.monotonic()
             self._walk_due = end + (end - begin) / WALK_SHARE
 
-    def _sample_slow(self) -> None:
+    def _sample_slow(self, resident: int) -> None:
         seen = {pid for device in self._devices for pid in device.processes()}
         pids = self._search(now=True)
         self._sees_ours |= bool(seen & self._ours)
         for pid in seen - self._ours:
             self._strangers[pid] = self._strangers.get(pid, 0) + 1
         self._walk(pids)
-        for device in self._devices:
-            self._slow[device.uuid].add(device)
-
-
-class _Slow:
-    """Extremes of one device's slow readings."""
-
-    def __init__(self) -> None:
-        self._values: tuple[list[float], ...] = ([], [], [])
-        self.throttles: set[str] = set()
-
-    def add(self, device: Device) -> None:
-        for values, value in zip(self._values, (device.power_watts(), device.clock_megahertz(), device.temperature_celsius()), strict=True):
-            if value is not None:
-                values.append(value)
-        self.throttles.update(device.throttles())
-
-    def summary(self) -> dict[str, Any]:
-        power, clock, temperature = self._values
-        return {
-            "power_watts_mean": sum(power) / len(power) if power else None,
-            "power_watts_peak": max(power, default=None),
-            "sm_clock_megahertz_lowest": min(clock, default=None),
-            "sm_clock_megahertz_highest": max(clock, default=None),
-            "temperature_celsius_peak": max(temperature, default=None),
-            "throttles": sorted(self.throttles),
-        }
+        self.timeline.add(self._load.sample(pids, resident), {device.uuid: device.sample() for device in self._devices})
+        self.timeline.unknown = {device.uuid: dict(device.reasons) for device in self._devices}
