@@ -2,98 +2,21 @@
 
 from __future__ import annotations
 
+import gzip
+import os
 import threading
+from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
+from bench.layout import telemetry_path
 from bench.measure import nvml
-from bench.measure.nvml import IDLE_BYTES, Device, all_devices, describe_devices
+from bench.measure.load import cgroup_memory_file
+from bench.measure.nvml import IDLE_BYTES, Device, all_devices, describe_devices, describe_links
 from bench.measure.telemetry import Telemetry
-
-GIB = 1 << 30
-
-
-class NvmlError(Exception):
-    pass
-
-
-class FakeNvml:
-    """One device with 80 GiB; `used`, `pids`, `throttle` and `energy` may change; what is in `broken` raises."""
-
-    NVMLError = NvmlError
-    NVML_TEMPERATURE_GPU, NVML_CLOCK_SM, NVML_CLOCK_MEM = 0, 1, 2
-    nvmlClocksThrottleReasonHwThermalSlowdown = 0x40
-    nvmlClocksThrottleReasonSwPowerCap = 0x4
-
-    def __init__(self) -> None:
-        self.used, self.pids, self.throttle, self.energy = GIB, [], 0, 5000
-        self.broken: set[str] = set()
-
-    def __getattribute__(self, name):
-        if name.startswith("nvmlDevice") and name in object.__getattribute__(self, "broken"):
-            raise_it = NvmlError("not supported")
-
-            def fail(*_):
-                raise raise_it
-
-            return fail
-        return object.__getattribute__(self, name)
-
-    def nvmlDeviceGetCount(self):
-        return 1
-
-    def nvmlDeviceGetHandleByIndex(self, index):
-        return index
-
-    def nvmlDeviceGetUUID(self, handle):
-        return "GPU-x"
-
-    def nvmlDeviceGetName(self, handle):
-        return b"NVIDIA Test 80GB"
-
-    def nvmlSystemGetDriverVersion(self):
-        return "580.1"
-
-    def nvmlDeviceGetMemoryInfo(self, handle):
-        return SimpleNamespace(used=self.used, total=80 * GIB)
-
-    def nvmlDeviceGetComputeRunningProcesses(self, handle):
-        return [SimpleNamespace(pid=pid) for pid in self.pids]
-
-    def nvmlDeviceGetTotalEnergyConsumption(self, handle):
-        return self.energy
-
-    def nvmlDeviceGetPowerUsage(self, handle):
-        return 300_000
-
-    def nvmlDeviceGetTemperature(self, handle, kind):
-        return 55
-
-    def nvmlDeviceGetClockInfo(self, handle, kind):
-        return 1980
-
-    def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle):
-        return self.throttle
-
-    def nvmlDeviceGetEnforcedPowerLimit(self, handle):
-        return 700_000
-
-    def nvmlDeviceGetMaxClockInfo(self, handle, kind):
-        return {1: 1980, 2: 2619}[kind]
-
-    def nvmlDeviceGetEccMode(self, handle):
-        return [1, 1]
-
-    def nvmlDeviceGetMaxPcieLinkGeneration(self, handle):
-        return 5
-
-    def nvmlDeviceGetMaxPcieLinkWidth(self, handle):
-        return 16
-
-    def nvmlDeviceGetNvLinkState(self, handle, link):
-        return int(link < 4)
+from bench.measure.timeline import Timeline, load_timeline
+from tests.fake_nvml import GIB, FakeNvml
 
 
 @pytest.fixture
@@ -195,27 +118,103 @@ def test_power_clocks_energy_and_throttling_are_kept_as_extremes(driver):
         driver.energy = 8500
     assert telemetry.observed()["devices"]["GPU-x"] == {
         "power_watts_mean": 300.0, "power_watts_peak": 300.0, "sm_clock_megahertz_lowest": 1980, "sm_clock_megahertz_highest": 1980,
-        "temperature_celsius_peak": 55, "throttles": ["hardware-thermal", "power-cap"], "energy_joules": 3.5,
+        "temperature_celsius_peak": 55, "utilization_percent_mean": 97.0, "pcie": ["4x16"], "throttles": ["hardware-thermal", "power-cap"],
+        "energy_joules": 3.5, "unknown": {},
     }  # fmt: skip
     assert telemetry.throttles() == ["hardware-thermal"], "the power cap is normal"
 
 
-def test_a_value_that_the_driver_does_not_give_is_null_and_the_others_stay(driver):
-    driver.broken = {"nvmlDeviceGetTotalEnergyConsumption", "nvmlDeviceGetPowerUsage"}
+QUERIES = {
+    "energy_joules": "nvmlDeviceGetTotalEnergyConsumption",
+    "power_watts": "nvmlDeviceGetPowerUsage",
+    "sm_clock_megahertz": "nvmlDeviceGetClockInfo",
+    "temperature_celsius": "nvmlDeviceGetTemperature",
+    "utilization_percent": "nvmlDeviceGetUtilizationRates",
+    "throttles": "nvmlDeviceGetCurrentClocksThrottleReasons",
+    "pcie_width": "nvmlDeviceGetCurrPcieLinkWidth",
+    "nvlink_sent_bytes": "nvmlDeviceGetFieldValues",
+}
+
+
+@pytest.mark.parametrize("column", QUERIES)
+@pytest.mark.parametrize("text", ["Not Supported", "Insufficient Permissions"])
+def test_a_value_that_the_driver_does_not_give_is_null_with_its_reason_and_the_others_stay(driver, tmp_path, column, text):
+    driver.broken = {QUERIES[column]: text}
+    with Ranks({}).telemetry(all_devices()) as telemetry:
+        read(telemetry)
+    telemetry.timeline.save(tmp_path / "t.json.gz")
+    kept = load_timeline(tmp_path / "t.json.gz")
+    columns = kept["devices"]["GPU-x"]
+    assert set(columns[column]) == {None}
+    assert f"NVML: {text}" in kept["unknown"]["GPU-x"].values()
+    assert kept["unknown"]["GPU-x"] == telemetry.observed()["devices"]["GPU-x"]["unknown"]
+    assert all(None not in columns[name] for name, query in QUERIES.items() if query != QUERIES[column])
+
+
+def test_memory_that_cannot_be_read_leaves_no_peak_and_a_reason(driver):
+    driver.broken = {"nvmlDeviceGetMemoryInfo": "Insufficient Permissions"}
+    with Ranks({}).telemetry(all_devices()) as telemetry:
+        read(telemetry)
+    observed = telemetry.observed()
+    assert observed["device_memory_peak_bytes"] == {}
+    assert observed["device_memory_baseline_bytes"] == {"GPU-x": None}
+    assert observed["devices"]["GPU-x"]["unknown"] == {"memory_used_bytes": "NVML: Insufficient Permissions"}
+
+
+def test_an_older_binding_without_a_query_gives_null_with_that_reason(driver, monkeypatch):
+    monkeypatch.delattr(FakeNvml, "nvmlDeviceGetFieldValues")
+    (device,) = all_devices()
+    assert device.sample()["nvlink_sent_bytes"] is None
+    assert device.reasons == {"nvlink_bytes": "the NVML binding has no nvmlDeviceGetFieldValues"}
+
+
+def test_instances_of_a_split_card_are_devices_and_the_card_s_energy_is_none_of_theirs(driver):
+    driver.mig = 2
+    devices = all_devices()
+    assert [device.uuid for device in devices] == ["MIG-0", "MIG-1"]
+    row = devices[0].sample()
+    assert (row["energy_joules"], row["power_watts"], row["utilization_percent"]) == (None, None, None)
+    assert (row["memory_used_bytes"], row["sm_clock_megahertz"], row["temperature_celsius"]) == (GIB, 1980, 55)
+    assert devices[0].reasons["energy_joules"] == "a MIG instance has none of its own; the card's covers all its instances"
+    assert devices[0].reasons["utilization_percent"] == "NVML: Not Supported (MIG instance)"
+    described = describe_devices()[0]
+    assert (described["mig_instance"], described["memory_bytes"], described["power_limit_watts"]) == (True, 10 * GIB, 650.0)
+    driver.mig = 0
+    assert [device.uuid for device in all_devices()] == ["GPU-x"]
+
+
+def test_in_a_virtual_gpu_what_the_hypervisor_hides_is_null_with_a_reason(driver):
+    driver.virtual = True
+    driver.broken = dict.fromkeys(
+        ("nvmlDeviceGetPowerUsage", "nvmlDeviceGetTotalEnergyConsumption", "nvmlDeviceGetTemperature", "nvmlDeviceGetEnforcedPowerLimit"),
+        "Not Supported",
+    )
     with Ranks({}).telemetry(all_devices()) as telemetry:
         read(telemetry)
     found = telemetry.observed()["devices"]["GPU-x"]
-    assert (found["energy_joules"], found["power_watts_peak"], found["temperature_celsius_peak"]) == (None, None, 55)
+    assert (found["energy_joules"], found["power_watts_mean"], found["temperature_celsius_peak"]) == (None, None, None)
+    assert found["unknown"].keys() == {"power_watts", "energy_joules", "temperature_celsius"}
+    described = describe_devices()[0]
+    assert described["virtual"] is True
+    assert (described["power_limit_watts"], described["unknown"]["EnforcedPowerLimit"]) == (None, "NVML: Not Supported")
 
 
 def test_a_device_is_described_by_what_stays_the_same(driver):
     assert describe_devices() == [
         {
-            "uuid": "GPU-x", "name": "NVIDIA Test 80GB", "memory_bytes": 80 * GIB, "driver": "580.1", "power_limit_watts": 700.0,
-            "highest_sm_clock_megahertz": 1980, "highest_memory_clock_megahertz": 2619, "ecc": True, "pcie_generation": 5, "pcie_width": 16,
-            "nvlinks": 4,
+            "uuid": "GPU-x", "name": "NVIDIA Test 80GB", "part_number": "900-21010-0000-000", "vbios": "96.00.1", "memory_bytes": 80 * GIB,
+            "driver": "580.1", "power_limit_watts": 650.0, "power_default_limit_watts": 700.0, "highest_sm_clock_megahertz": 1980,
+            "highest_memory_clock_megahertz": 2619, "application_sm_clock_megahertz": 1980, "ecc": True, "pci_bus": "0000:00:00.0",
+            "pcie_generation": 5, "pcie_width": 16, "nvlinks": 4, "mig_instance": False, "virtual": False, "unknown": {},
         }
     ]  # fmt: skip
+
+
+def test_each_pair_of_devices_is_told_with_its_path_and_direct_links(driver):
+    driver.cards = 2
+    assert describe_links() == [{"devices": ["GPU-x", "GPU-1"], "pcie": "switches", "nvlinks": 4}]
+    driver.broken = {"nvmlDeviceGetTopologyCommonAncestor": "Not Supported"}
+    assert describe_links()[0]["pcie"] is None
 
 
 def test_a_device_is_busy_with_processes_or_with_memory_that_nobody_here_owns(driver):
@@ -239,3 +238,82 @@ def test_without_a_driver_there_are_no_devices_and_a_reason():
 
 def test_a_device_answers_by_its_own_handle(driver):
     assert Device(driver, 0).uuid == "GPU-x"
+
+
+def test_the_file_holds_a_row_for_every_slow_reading_of_devices_and_host(driver, tmp_path):
+    with Ranks({os.getpid(): 100}).telemetry(all_devices()) as telemetry:
+        read(telemetry, 30)
+    path = tmp_path / "telemetry" / "cell" / "0.json.gz"
+    telemetry.timeline.save(path)
+    kept = load_timeline(path)
+    rows = len(kept["seconds"])
+    assert rows > 5
+    assert kept["seconds"] == sorted(kept["seconds"])
+    assert {len(column) for group in (kept["host"], *kept["devices"].values()) for column in group.values()} == {rows}
+    assert set(kept["host"]["ranks_resident_bytes"]) == {100}
+    assert kept["host"]["ranks_cpu_seconds"][-1] > 0
+    assert 0 < kept["host"]["memory_used_bytes"][0] < 1 << 50
+    assert [path.name for path in path.parent.iterdir()] == ["0.json.gz"]
+
+
+def test_device_state_is_read_at_least_once_a_second_and_memory_ten_times(driver, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(nvml, "load_nvml", lambda: (driver, None))
+    with Ranks({1: 1}).telemetry(all_devices()) as telemetry:
+        threading.Event().wait(2.0)
+    seconds = telemetry.timeline.seconds
+    assert len(seconds) >= 3
+    assert max(after - before for before, after in pairwise(seconds)) <= 1.0
+    assert telemetry.observed()["telemetry_samples"] >= 20
+
+
+def test_another_file_is_no_telemetry(tmp_path):
+    path = tmp_path / "x.json.gz"
+    path.write_bytes(gzip.compress(b'{"schema": "other"}'))
+    with pytest.raises(ValueError, match="not a telemetry file; seen: schema 'other'"):
+        load_timeline(path)
+
+
+@pytest.fixture
+def counted():
+    """A counter that rises by 100 J in the first second, 300 J in the second; seconds 1000 to 1002."""
+    timeline = Timeline()
+    timeline.started, timeline.seconds = 1000.0, [0.0, 1.0, 2.0]
+    timeline.devices = {"GPU-x": {"energy_joules": [50.0, 150.0, 450.0]}}
+    return timeline
+
+
+def test_energy_of_a_lap_is_interpolated_between_readings_of_the_counter(counted):
+    assert counted.energy_between("GPU-x", [(1000.0, 1001.0), (1000.5, 1001.5), (1001.25, 1001.5)]) == [100.0, 200.0, 75.0]
+
+
+def test_laps_add_up_to_the_whole(counted):
+    edges = [(1000.1 + 0.3 * lap, 1000.4 + 0.3 * lap) for lap in range(6)]
+    assert sum(counted.energy_between("GPU-x", edges)) == pytest.approx(*counted.energy_between("GPU-x", [(1000.1, 1001.9)]))
+
+
+def test_energy_outside_of_the_readings_is_null(counted):
+    assert counted.energy_between("GPU-x", [(999.0, 1001.0), (1001.0, 1003.0)]) == [None, None]
+    assert counted.energy_between("GPU-y", [(1000.0, 1001.0)]) == [None]
+    counted.devices["GPU-x"]["energy_joules"] = [None, None, None]
+    assert counted.energy_between("GPU-x", [(1000.0, 1001.0)]) == [None]
+
+
+def test_a_file_lies_in_its_suite_or_beside_its_record():
+    assert telemetry_path(Path("results/s/records/cell-1/3.json")) == Path("results/s/telemetry/cell-1/3.json.gz")
+    assert telemetry_path(Path("results/s/warm/k/record.json")) == Path("results/s/warm/k/record.telemetry.json.gz")
+
+
+def test_memory_of_the_control_group_is_found_in_either_version(tmp_path):
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/job/step\n")
+    assert cgroup_memory_file(tmp_path) is None
+    current = tmp_path / "sys/fs/cgroup/job/step/memory.current"
+    current.parent.mkdir(parents=True)
+    current.write_text("1")
+    assert cgroup_memory_file(tmp_path) == current
+    (tmp_path / "proc/self/cgroup").write_text("11:cpu:/a\n7:memory:/job\n")
+    older = tmp_path / "sys/fs/cgroup/memory/job/memory.usage_in_bytes"
+    older.parent.mkdir(parents=True)
+    older.write_text("1")
+    assert cgroup_memory_file(tmp_path) == older
