@@ -11,7 +11,7 @@ from math import log
 from pathlib import Path
 
 from bench.cell import Cell
-from bench.report.bands import Band, judge_bands, read_references
+from bench.report.bands import Band, judge_bands, read_references, suites_of
 from bench.report.inventory import BASELINE, STAGE_ORDER, Inventory, Missing, Row, cell_order, read_inventory
 from bench.report.metrics import METRICS, Trial, primary_metric
 from bench.report.parity import Parity, comparison_key, judge
@@ -99,10 +99,15 @@ class CellResult:
         """What physics says against its numbers, or None."""
         return next((problem for trial in self.ok for problem in trial.impossible), None)
 
+    @cached_property
+    def other_losses(self) -> str | None:
+        """Why its losses are other than those of stored records of the same trials, or None."""
+        return next((problem for band in self.bands if (problem := band.other_losses)), None)
+
     @property
     def struck(self) -> bool:
-        """Whether its losses are other than naive's, or its numbers cannot be true: shown, never ranked."""
-        return self.impossible is not None or bool(self.parity and self.parity.state == "struck")
+        """Whether its losses are other than naive's or the stored ones, or its numbers cannot be true: shown, never ranked."""
+        return bool(self.impossible or self.other_losses or (self.parity and self.parity.state == "struck"))
 
     @property
     def ranked(self) -> bool:
@@ -136,6 +141,8 @@ class Analysis:
     parities: dict[str, Parity] = field(default_factory=dict)
     bands: dict[str, Band] = field(default_factory=dict)
     trials: dict[str, Trial] = field(default_factory=dict)
+    reference_suites: frozenset[str] = frozenset()
+    """Names of the suites that there are stored records of."""
 
     def of_stage(self, stage: str) -> tuple[CellResult, ...]:
         """The cells of a stage, in the order of its table."""
@@ -201,7 +208,7 @@ def analyse(inventory: Inventory, trials: dict[str, Trial], references: Sequence
     results += [CellResult(items[0].cell, (), (), (), (), tuple(items)) for items in missing.values()]
     results.sort(key=lambda result: cell_order(result.cell))
     _compare_speed(results)
-    return Analysis(inventory, tuple(results), parities, bands, trials)
+    return Analysis(inventory, tuple(results), parities, bands, trials, suites_of(references))
 
 
 def _result(

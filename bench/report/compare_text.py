@@ -6,7 +6,7 @@ from bench.report.compare import Change, Changes
 from bench.report.metrics import METRICS, primary_metric
 from bench.report.pairing import final_metric
 from bench.report.statistics import Summary
-from bench.report.text import DASH, counted, number
+from bench.report.text import DASH, counted, number, ratio, spread
 
 HEAD = ("cell", "outcomes", "verdict", "speed", "step time", "memory", "losses", "final loss")
 LEGEND = (
@@ -105,11 +105,8 @@ def ratio_text(summary: Summary | None, *, mark: bool = False) -> str:
     """
     if summary is None:
         return DASH
-    points = sorted(summary.points)
-    around = f" ({' · '.join(f'{point:.3f}' for point in points)})" if len(points) > 1 else ""
-    if summary.interval:
-        around = f" ({summary.interval[0]:.3f} to {summary.interval[1]:.3f}, n = {len(points)})"
-    return f"{summary.middle:.3f}{around}{' !' if mark and abs(summary.middle - 1) > SHARE else ''}"
+    around = f" ({found})" if (found := spread(summary, ratio)) else ""
+    return f"{ratio(summary.middle)}{around}{' !' if mark and abs(summary.middle - 1) > SHARE else ''}"
 
 
 def _final(change: Change) -> str:

@@ -9,8 +9,12 @@ from dataclasses import dataclass
 from bench.report.analysis import Analysis, CellResult, RankedSet, memory_metric
 from bench.report.metrics import METRICS, primary_metric
 from bench.report.parity import NOTHING_TRAINED
-from bench.report.text import counted, listed, lora, number, shape
+from bench.report.statistics import Summary
+from bench.report.text import counted, listed, lora, number, ratio, shape, spread
 from bench.stages.base import SPECS
+
+MOST_OUTSIDE = 3
+"""Cells outside the reference band that the headline names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +44,8 @@ def sentences(analysis: Analysis) -> list[str]:
         _what_ran(analysis),
         *_idle(analysis),
         _whether_losses_agree(analysis),
-        *_speed(analysis),
         *_bands(analysis),
+        *_speed(analysis),
         *_quality(analysis),
     ]
 
@@ -157,10 +161,32 @@ def _counted_leaders(counts: Counter[str]) -> str:
 
 
 def _bands(analysis: Analysis) -> Iterator[str]:
-    states = Counter(band.state for band in analysis.bands.values())
-    if states:
-        parts = [f"{states[state]} {state}" for state in ("inside", "outside", "undefined") if states[state]]
-        yield f"Against stored records of this device: {listed(parts)} the reference band."
+    """Whether a suite repeats its stored records; said of a reference suite even where there is none of this device."""
+    states, total = Counter(band.state for band in analysis.bands.values()), len(analysis.bands)
+    if not total and analysis.inventory.title in analysis.reference_suites:
+        yield "No reference band: of these cells there is no stored record of this device."
+    elif total and total == states["inside"]:
+        which = "the one trial" if total == 1 else f"all {total} trials"
+        yield f"Inside the reference band: {which} with a stored record of this device."
+    elif total:
+        rest = [f"{states[state]} {state}" for state in ("inside", "undefined") if states[state] not in (0, total)]
+        word, count = ("Outside", states["outside"]) if states["outside"] else ("Not judged by", states["undefined"])
+        which = f"{count} of {counted(total, 'trial')} with a stored record{f' ({listed(rest)})' if rest else ''}"
+        yield f"{word} the reference band: {which}{_why_outside(analysis)}."
+
+
+def _why_outside(analysis: Analysis) -> str:
+    """The first cells that are outside, each with its first check."""
+    found: dict[str, str] = {}
+    for file, band in analysis.bands.items():
+        check = next((check for check in band.checks if check.state == "outside"), None)
+        if check is not None:
+            cell = analysis.trials[file].cell
+            adapters = f"LoRA {lora(cell)}" if cell.lora_rank else "full"
+            found.setdefault(f"{cell.stage} {cell.strategy} {adapters}", f"{check.name} {check.text}")
+    shown = [f"{cell}: {text}" for cell, text in list(found.items())[:MOST_OUTSIDE]]
+    rest = [counted(len(found) - MOST_OUTSIDE, "more cell")] if len(found) > MOST_OUTSIDE else []
+    return f"; {'; '.join([*shown, *rest])}" if shown else ""
 
 
 def _quality(analysis: Analysis) -> Iterator[str]:
@@ -202,9 +228,18 @@ def _question(item: RankedSet, analysis: Analysis) -> str:
 def _note(result: CellResult, name: str) -> str:
     summary = result.summary(name)
     assert summary is not None
-    points = f"{number(min(summary.points))} to {number(max(summary.points))}, " if len(summary.points) > 1 else ""
-    claim = "" if result.verdict == "baseline" or METRICS[name].unit == "GiB" else f"; {result.verdict}"
-    return f"{number(summary.middle)} {METRICS[name].unit} ({points}n = {len(summary.points)}{claim})"
+    around = spread(summary)
+    count = "" if summary.interval else f"n = {len(summary.points)}"
+    claim = "" if METRICS[name].unit == "GiB" else _claim(result)
+    return f"{number(summary.middle)} {METRICS[name].unit} ({', '.join(filter(None, (around, count)))}{claim})"
+
+
+def _claim(result: CellResult) -> str:
+    """The verdict against `naive`, with the ratio that it is about."""
+    if result.comparison is None:
+        return "" if result.verdict == "baseline" else f"; {result.verdict}"
+    around = spread(Summary(result.comparison.ratios), ratio)
+    return f"; {result.verdict}, {ratio(result.comparison.middle)} x naive{f' ({around})' if around else ''}"
 
 
 def tiles(analysis: Analysis) -> list[Tile]:

@@ -138,6 +138,9 @@ def _struck(analysis: Analysis) -> Iterable[tuple[str, str]]:
     for file, parity in analysis.parities.items():
         if parity.state == "struck":
             yield parity.reason, cell_words(analysis.trials[file].cell)
+    for file, band in analysis.bands.items():
+        if band.other_losses:
+            yield band.other_losses, cell_words(analysis.trials[file].cell)
     for result in analysis.results:
         for trial in result.ok:
             yield from ((f"impossible: {problem}", cell_words(result.cell)) for problem in trial.impossible)

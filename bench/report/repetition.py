@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bench.report.bands import COSTS, Check, allowed_share, band_verdict
+from bench.report.bands import curve_checks
 from bench.report.inventory import Row
-from bench.report.parity import compared_steps, deviations, losses
+from bench.report.parity import deviations, losses
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,10 +21,7 @@ class Losses:
 
 
 def repeat_of(row: Row, reference: Row) -> Losses:
-    """Compare the curve of `row` with that of `reference`: bands of docs/metrics.md, or for PPO the first iteration.
-
-    Later iterations of PPO learn from sampled tokens; rounding may flip one of them, and from there on the curves part.
-    """
+    """Compare the curve of `row` with that of `reference`, by the rules of reference bands."""
     mine, theirs = losses(row.record), losses(reference.record)
     if not mine or not theirs:
         return Losses(state="undefined", text="no losses to compare")
@@ -35,18 +32,8 @@ def repeat_of(row: Row, reference: Row) -> Losses:
         return Losses(state="undefined", text=f"identical, but the same over all {len(theirs)} steps", largest=0.0)
     if mine == theirs:
         return Losses(state="identical", text=f"identical over {len(mine)} steps", largest=0.0)
-    checks = [_first_iteration(row, gaps)] if row.cell.stage == "ppo" else _band(row, reference)
+    checks = curve_checks(row, reference)
     outside = [check for check in checks if check.state == "outside"]
-    state = "outside" if outside else "inside" if any(check.state == "inside" for check in checks) else "undefined"
+    state = "outside" if outside else "undefined" if any(check.state == "undefined" for check in checks) else "inside"
     where = f"largest deviation {max(gaps):.1e} at step {gaps.index(max(gaps))}"
     return Losses(state=state, text="; ".join([f"{check.name}: {check.text}" for check in outside] + [where]), largest=max(gaps))
-
-
-def _band(row: Row, reference: Row) -> list[Check]:
-    return [check for check in band_verdict(row, reference).checks if check.name not in COSTS]
-
-
-def _first_iteration(row: Row, gaps: list[float]) -> Check:
-    steps, allowed = compared_steps("ppo", row.record, exact=True), allowed_share(0.0)
-    gap = max(gaps[:steps])
-    return Check("first iteration", "inside" if gap <= allowed else "outside", f"{gap:.1%} off; allowed {allowed:.0%}")

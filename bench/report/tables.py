@@ -12,7 +12,7 @@ from bench.report.analysis import CellResult, memory_metric
 from bench.report.metrics import METRICS, primary_metric
 from bench.report.provenance import without_paths
 from bench.report.statistics import Summary
-from bench.report.text import DASH, lora, number, shape, spread
+from bench.report.text import DASH, lora, number, ratio, shape, spread
 
 IDENTITY = ("stage", "model", "strategy", "lora_rank", "nodes", "processes_per_node")
 HIDDEN_SETTINGS = ("tokenizer_data",)
@@ -243,9 +243,8 @@ def ratio_cell(result: CellResult) -> TableCell:
     """Throughput over that of `naive`."""
     if result.comparison is None:
         return TableCell(DASH, kind="muted", hint=result.verdict)
-    ratios = result.comparison.ratios
-    note = f"{min(ratios):.3f} to {max(ratios):.3f}" if len(ratios) > 1 else ""
-    return TableCell(f"{result.comparison.middle:.3f}", note, result.comparison.middle)
+    compared = result.comparison
+    return TableCell(ratio(compared.middle), spread(Summary(compared.ratios), ratio) or "n = 1", compared.middle)
 
 
 def claim_cell(result: CellResult) -> TableCell:

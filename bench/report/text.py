@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from bench.cell import Cell
 from bench.report.statistics import FEWEST, Summary
 
@@ -25,15 +27,24 @@ def number(value: float) -> str:
     return f"{value:.{digits}f}"
 
 
-def spread(summary: Summary) -> str:
-    """What stands below a median: nothing for one trial, all points below six trials, else the interval of the median."""
+def ratio(value: float) -> str:
+    """A ratio: three decimals, since 3 % is the practical threshold."""
+    return f"{value:.3f}"
+
+
+def spread(summary: Summary, write: Callable[[float], str] = number) -> str:
+    """What stands below a median: nothing for one trial, all points below six trials, else the interval of the median.
+
+    >>> spread(Summary((1.0, 1.1, 0.9)), ratio), spread(Summary((1.0, 1.1, 0.9, 1.2, 1.3, 1.4)), ratio)
+    ('0.900 · 1.000 · 1.100', '0.900 to 1.400, n = 6')
+    """
     if len(summary.points) == 1:
         return ""
     if summary.interval:
         low, high = summary.interval
-        return f"{number(low)} to {number(high)}, n = {len(summary.points)}"
+        return f"{write(low)} to {write(high)}, n = {len(summary.points)}"
     assert len(summary.points) < FEWEST
-    return " · ".join(number(value) for value in sorted(summary.points))
+    return " · ".join(write(value) for value in sorted(summary.points))
 
 
 def counted(count: int, one: str, many: str | None = None) -> str:

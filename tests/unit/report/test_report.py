@@ -252,7 +252,7 @@ def test_a_reference_band_is_judged_where_there_is_one(tmp_path: Path) -> None:
     root = suite_folder(tmp_path / "results" / "reference", records)
     write(tmp_path / "results" / "references" / "h100" / "reference" / "records", *records[:3])
     text = text_of(report(root, tmp_path / "out"))
-    assert "Against stored records of this device: 3 inside the reference band." in text
+    assert "Inside the reference band: all 3 trials with a stored record of this device." in text
     assert "no reference" in text
 
 
