@@ -123,11 +123,12 @@ def retry(
     outcome: Annotated[str, typer.Option(help="Outcomes to repeat, with commas between: error,timeout.")] = "error,timeout",
     results: Results = Path("results"),
 ) -> None:
-    """Set records with these outcomes aside, so that the next run repeats their trials."""
-    from bench.launch.retry import set_aside
+    """Set records with these outcomes aside, and warm starts that failed so; the next run repeats them."""
+    from bench.launch.retry import set_outcomes_aside
 
-    count = set_aside(suite, set(outcome.split(",")), results)
-    typer.echo(f"{count} records set aside; `coati-bench run {suite}` repeats their trials" if count else "no record has such an outcome")
+    records, warm = set_outcomes_aside(suite, set(outcome.split(",")), results)
+    seen = [f"{count} {what}{'' if count == 1 else 's'}" for count, what in ((records, "record"), (warm, "warm start")) if count]
+    typer.echo(f"{' and '.join(seen)} set aside; `coati-bench run {suite}` repeats them" if seen else "no record has such an outcome")
 
 
 @app.command()

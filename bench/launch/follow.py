@@ -13,7 +13,7 @@ from pathlib import Path
 
 from bench.errors import RecordError
 from bench.launch.inputs import read_done
-from bench.launch.progress import describe
+from bench.launch.progress import describe, in_one_line
 from bench.layout import Layout
 from bench.matrix import Plan
 from bench.record import load_record
@@ -74,7 +74,7 @@ class Follower:
             return f"[{len(self.recorded)}/{self.planned}] {self._ended(path)}"
         if path.name == "done.json":
             done = read_done(path) or {"outcome": "unreadable"}
-            return f"warm start {path.parent.name}: {done['outcome']}{_first_line(done.get('reason'))}"
+            return f"warm start {path.parent.name}: {done['outcome']}{in_one_line(done.get('reason'))}"
         return f"data {path.stem}: ready"
 
     def _ended(self, path: Path) -> str:
@@ -85,7 +85,7 @@ class Follower:
         except RecordError as error:
             return f"{title}: {error}"
         seconds = record.observed.get("seconds")
-        return f"{title}: {record.outcome}{f', {seconds:.1f} s' if seconds is not None else ''}{_first_line(record.reason)}"
+        return f"{title}: {record.outcome}{f', {seconds:.1f} s' if seconds is not None else ''}{in_one_line(record.reason)}"
 
     def _running(self) -> str:
         minutes = (time.monotonic() - self._began) / 60
@@ -116,7 +116,3 @@ def _version(path: Path) -> int:
         return path.stat().st_ino
     except OSError:
         return 0
-
-
-def _first_line(reason: str | None) -> str:
-    return f": {reason.splitlines()[0][:200]}" if reason else ""

@@ -24,12 +24,22 @@ class Line:
     def end(self, outcome: str, reason: str | None = None, *, kept: bool = False) -> None:
         """Say how it ended."""
         took = "kept" if kept else f"{time.monotonic() - self._begin:.1f} s"
-        first = f": {reason.splitlines()[0]}" if reason else ""
-        self._ending = f"{outcome} {took}{first}"
+        self._ending = f"{outcome} {took}{in_one_line(reason)}"
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         text = self._ending or "stopped"
         print(text if sys.stdout.isatty() else f"{self._title} ... {text}", flush=True)
+
+
+def in_one_line(reason: str | None) -> str:
+    r"""The beginning of a reason, to stand behind an outcome; the last words of a rank's log are not told without what they say.
+
+    >>> in_one_line("rank 0 ended with exit code 1:\nno space left\nmore"), in_one_line("too slow\nmore"), in_one_line(None)
+    (': rank 0 ended with exit code 1: no space left', ': too slow', '')
+    """
+    first, *more = (reason or "").splitlines() or [""]
+    text = f"{first} {more[0].strip()}" if first.endswith(":") and more else first
+    return f": {text[:300]}" if text else ""
 
 
 def describe(cell: Cell) -> str:

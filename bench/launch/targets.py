@@ -43,8 +43,8 @@ class Targets:
         return canonical_json(cell_to_json(self.plan.cells[cell_id]))
 
     def data_inputs(self, stem: str) -> list[Path]:
-        """The user's own file behind a `file:` name; other data is made from nothing that is here."""
-        path = resolve(self.data[stem]).local_path
+        """The user's own file that the rows come from; other data is made from nothing that is here."""
+        path = resolve(self.data[stem]).user_file
         return [] if path is None else [path]
 
     def warm_inputs(self, key: str) -> list[Path]:

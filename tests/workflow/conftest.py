@@ -39,7 +39,11 @@ class Folder:
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """`coati-bench run tiny.yaml`, to its end."""
-        command = [str(PROGRAM), "run", "tiny.yaml", *arguments]
+        return self.coati_bench("run", "tiny.yaml", *arguments)
+
+    def coati_bench(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Any verb."""
+        command = [str(PROGRAM), *arguments]
         return subprocess.run(command, cwd=self.path, env=self.environment, text=True, capture_output=True, timeout=300, check=False)
 
     def start(self) -> subprocess.Popen[str]:

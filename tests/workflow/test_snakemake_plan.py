@@ -77,10 +77,12 @@ def test_a_chained_block_waits_for_the_block_that_it_continues(tmp_path: Path) -
     assert not any("warm/sft" in str(path) for path in targets.block_inputs(later.block_id))
 
 
-def test_a_file_of_the_user_is_an_input_of_its_manifest(tmp_path: Path) -> None:
+@pytest.mark.parametrize("made_from_it", ["", "+synthetic-instruct"])
+def test_a_file_of_the_user_is_an_input_of_its_manifest_and_of_what_is_made_from_it(tmp_path: Path, made_from_it: str) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"instruction": "a", "input": "", "output": "b"}\n', encoding="utf-8")
-    targets = targets_of(tmp_path, stages={"sft": {"steps": 3, "data": f"file:{rows}"}, "rm": {"steps": 3, "warm_start": "none"}})
+    data = f"file:{rows}{made_from_it}"
+    targets = targets_of(tmp_path, stages={"sft": {"steps": 3, "data": data}, "rm": {"steps": 3, "warm_start": "none"}})
     inputs = [path for stem in targets.data for path in targets.data_inputs(stem)]
     assert inputs == [rows]
 

@@ -176,14 +176,28 @@ def test_what_cannot_be_made_is_told_in_its_own_words(folder: Any) -> None:
     assert re.search(r"^  coati-bench: .*records", done.stdout, re.MULTILINE), done.stdout
 
 
-def test_rows_that_cannot_be_used_are_the_reason_in_every_record(folder: Any) -> None:
+def test_rows_that_cannot_be_used_are_the_reason_in_every_record_and_retry_makes_all_of_it_again(folder: Any) -> None:
     folder.write()
     rows = folder.path / "rows.jsonl"
-    rows.write_text('{"instruction": "a", "output": "b"}\n' + "not JSON\n" * 100, encoding="utf-8")
-    text = (folder.path / "tiny.yaml").read_text(encoding="utf-8")
-    (folder.path / "tiny.yaml").write_text(text.replace("sft: {steps", "sft: {data: file:rows.jsonl, steps"), encoding="utf-8")
+    rows.write_text('{"instruction": "a", "output": "b"}\n' * 100 + "not JSON\n" * 100, encoding="utf-8")
+    text = (
+        (folder.path / "tiny.yaml")
+        .read_text(encoding="utf-8")
+        .replace("sft: {steps", "sft: {data: file:rows.jsonl, steps")
+        .replace("length: 128", "length: 512")
+    )
+    (folder.path / "tiny.yaml").write_text(text, encoding="utf-8")
     done = folder.run()
     assert done.returncode == 0, done.stdout + done.stderr
     assert outcomes(folder) == {"naive": "error", "ddp": "error"}
     assert "Not ok: 2 error. They are results" in done.stdout
     assert re.search(r"^\[2/2\] sft bloom-tiny \w+ full 1x1: error: what it starts from failed: .*rows.jsonl", done.stdout, re.MULTILINE)
+
+    (folder.path / "tiny.yaml").write_text(f"{text}limits: {{rejected_share: 0.6}}\n", encoding="utf-8")
+    before = folder.records()
+    folder.run()
+    assert folder.records() == before
+    assert "2 records and 1 warm start set aside" in folder.coati_bench("retry", "tiny.yaml", "--outcome", "error").stdout
+    again = folder.run()
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert outcomes(folder) == {"naive": "ok", "ddp": "ok"}
