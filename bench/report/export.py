@@ -37,6 +37,7 @@ def _row(analysis: Analysis, file: str) -> dict[str, Any]:
         "outcome": record.outcome,
         "reason": without_paths(record.reason) if record.reason else None,
         "not_measured": trial.clock_problem,
+        "impossible": "; ".join(trial.impossible) or None,
         "indicative": window.indicative if window else None,
         "steady": window.steady if window else None,
         "warm_up_laps": window.dropped if window else None,

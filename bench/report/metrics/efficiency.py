@@ -11,6 +11,9 @@ from bench.report.registry import TIME_GATES, NoValue, Trial, metric, once
 
 COUNTED = "bench/measure/flops.py, from the counts of the timed window; docs/flops.md"
 PEAK = "model FLOPs over the data sheet's dense peak (bench/measure/devices.py)"
+PALM = f"{PEAK}; Chowdhery et al. 2022, appendix B"
+POPE = "bytes that decoding must read over the data sheet's bandwidth; Pope et al. 2022, section 2"
+ATTAINED = "model FLOPs over what `coati-bench doctor --bench` measured"
 LEARNING = ("policy_learn", "critic_learn")
 
 
@@ -46,7 +49,7 @@ def _achieved(trial: Trial) -> float:
     return _share(trial, total(work_of(trial).values()).model, trial.timed().elapsed, 1.0)
 
 
-@metric(title="MFU", unit="share of peak", direction="higher", source=f"{PEAK}; Chowdhery et al. 2022, appendix B", clocked=True, name="mfu")
+@metric(title="MFU", unit="share of peak", direction="higher", source=PALM, clocked=True, name="mfu")
 def model_flops_utilisation(trial: Trial) -> float:
     """Model FLOPs utilisation: model FLOPs of the window over what all devices could multiply in its time at their dense peak. LoRA
     counts what LoRA needs, not 6N. PPO: the whole iteration, of which decoding is bound by memory, so it is low by nature.
@@ -63,7 +66,7 @@ def hardware_flops_utilisation(trial: Trial) -> float:
     return hfu(flops, trial.timed().elapsed, devices=trial.cell.world_size, peak=peak_of(trial))
 
 
-@metric(title="vs attainable", unit="share of attainable", direction="higher", source="`coati-bench doctor --bench` on the node", clocked=True)
+@metric(title="vs attainable", unit="share of attainable", direction="higher", source=ATTAINED, clocked=True)
 def vs_attainable(trial: Trial) -> float:
     """As MFU, over the rate of large matrix products measured on the node in the same type: no program reaches the data sheet's peak,
     and a lowered power limit moves it further away.
@@ -80,7 +83,7 @@ def learning_mfu(trial: Trial) -> float:
     return _share(trial, total(work[name] for name in LEARNING).model, trial.in_phases(*LEARNING), peak_of(trial))
 
 
-@metric(title="MBU of decoding", unit="share of bandwidth", direction="higher", source="Pope et al. 2022, section 2", stages=("ppo",), clocked=True)
+@metric(title="MBU of decoding", unit="share of bandwidth", direction="higher", source=POPE, stages=("ppo",), clocked=True)
 def decode_mbu(trial: Trial) -> float:
     """Memory bandwidth utilisation of decoding: weights and key-value cache that every decode step must read, over what the memory could
     deliver in the time of rollout_decode at its peak bandwidth. A lower bound: written bytes and activations are left out.

@@ -34,7 +34,10 @@ def device_memory_gib(trial: Trial) -> float:
 @metric(title="host peak", unit="GiB", direction="lower", source="/proc/self/status: VmHWM", clocked=True)
 def host_peak_gib(trial: Trial) -> float:
     """Peak resident set of a rank's process; largest rank."""
-    return _possible(_host_peak(trial), host_bytes(trial))
+    value, whole = _host_peak(trial), host_bytes(trial)
+    if whole is not None and value > whole:
+        raise NoValue(f"withheld: {value / GIB:.1f} GiB of {whole / GIB:.1f} GiB that the node has")
+    return value / GIB
 
 
 @metric(title="theory: states", unit="GiB", direction="none", source="bench/needs.py; Rajbhandari et al. 2020, section 3.1")
@@ -94,9 +97,9 @@ def _seen_by_driver(trial: Trial) -> int:
     return max(values)
 
 
-def _possible(value: int, whole: int | None) -> float:
-    """`value` bytes in GiB; NoValue where there is less."""
-    problem = next(iter(impossible_numbers(memory_bytes=value, card_bytes=whole)), None)
+def _possible(value: int, card: int | None) -> float:
+    """`value` bytes of a device in GiB; NoValue where it has less."""
+    problem = next(iter(impossible_numbers(memory_bytes=value, card_bytes=card)), None)
     if problem:
         raise NoValue(f"withheld: {problem}")
     return value / GIB

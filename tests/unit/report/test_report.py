@@ -20,8 +20,10 @@ from bench.errors import UserError
 from bench.matrix import save_plan
 from bench.record import OUTCOMES, save_record
 from bench.report.commands import report
+from bench.report.detail_tables import GROUPS
 from bench.report.documentation import metrics_page
 from bench.report.make import ReportPaths, make_report
+from bench.report.metrics import METRICS
 from bench.report.provenance import without_paths
 from tests.unit.report.trial_factory import (
     content_of,
@@ -303,3 +305,29 @@ def test_reporting_never_loads_torch() -> None:
         "import sys, bench.report.commands, bench.report.documentation; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_further_figures_stand_in_groups_below_the_main_table(tmp_path: Path) -> None:
+    paths = report(suite_folder(tmp_path, measured_suite()), tmp_path / "out")
+    page, text = paths.html.read_text(encoding="utf-8"), paths.markdown.read_text(encoding="utf-8")
+    for group in ("Speed and efficiency", "Memory", "Energy and cost"):
+        assert page.count(f"<summary>{group}</summary>") == 3
+        assert f"### Supervised fine\\-tuning: {group}" in text or f"### Supervised fine-tuning: {group}" in text
+    assert page.count("<summary>Phases</summary>") == 1
+    main = text.split("## Supervised")[1].split("###")[0]
+    assert "MFU (% of peak)" in main
+    assert "HFU" not in main
+
+
+def test_figures_that_nobody_has_are_named_with_the_reason(tmp_path: Path) -> None:
+    text = report(suite_folder(tmp_path, quick_suite()), tmp_path / "out").markdown.read_text(encoding="utf-8")
+    speed = text.split(": Speed and efficiency")[1].split("###")[0]
+    assert "MFU (" not in text
+    assert "MFU: ranks were started by fork, which makes no timing claims" in speed
+    assert "model FLOPs per step (TFLOP)" in speed
+
+
+def test_every_metric_of_a_table_is_one() -> None:
+    names = [name for group in GROUPS.values() for name in group]
+    assert len(names) == len(set(names))
+    assert set(names) <= set(METRICS)

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.cell import Cell
+from bench.measure.shape import shape_of
+from bench.peak_memory import peak_moment
+from bench.report.inventory import Row, read_inventory
+from bench.report.metrics import Trial
+from tests.unit.report.trial_factory import GIB, make_cell, make_record
+
+REFERENCES = Path(__file__).parents[3] / "results" / "references"
+WITHIN = {"sft": 0.15, "rm": 0.15, "ppo": 0.25}
+"""How far the theory may be from the measured peak of a stage."""
+GPU: dict[str, Any] = {"device": "cuda", "model": "bloom-560m", "precision": "bf16-master"}
+PARAMETERS = 559_214_592
+
+
+def measured_peaks() -> list[Row]:
+    """Every stored trial whose allocator was read."""
+    rows = read_inventory(REFERENCES).rows
+    return [row for row in rows if row.record.outcome == "ok" and Trial(row).values["peak_allocated_gib"].number]
+
+
+@pytest.mark.parametrize("row", measured_peaks(), ids=lambda row: f"{row.record.cell_id}-{row.record.trial}")
+def test_theory_is_near_every_stored_peak(row: Row) -> None:
+    values = Trial(row).values
+    measured, theory = values["peak_allocated_gib"].number, values["theory_peak_gib"].number
+    assert measured is not None
+    assert theory is not None
+    assert theory == pytest.approx(measured, rel=WITHIN[row.cell.stage])
+    assert values["unexplained_memory_gib"].number == pytest.approx(measured - theory)
+
+
+def bytes_of(cell: Cell, **rest: Any) -> tuple[str, float]:
+    shape = shape_of(cell.model)
+    assert shape is not None
+    moment = peak_moment(cell, shape, **rest)
+    assert moment is not None
+    return moment.name, moment.bytes
+
+
+def test_a_full_step_of_adamw_by_hand() -> None:
+    """16 bytes of states a parameter, 4 of the gradients' fp32 copies, 4 of the square roots; short sequences keep little."""
+    cell = make_cell("sft", **GPU)
+    assert bytes_of(cell, length=8, heads=8) == ("step of the policy", 24 * PARAMETERS)
+
+
+@pytest.mark.parametrize(("optimizer", "each"), [("adamw", 24), ("fused", 20), ("hybrid", 20)])
+def test_the_optimizer_decides_what_its_step_makes(optimizer: str, each: int) -> None:
+    assert bytes_of(make_cell("sft", optimizer=optimizer, **GPU), length=8, heads=8)[1] == each * PARAMETERS
+
+
+def test_the_loss_by_hand() -> None:
+    """BLOOM-560m, 4 x 256 positions, LoRA 8, one micro-step: what 24 layers keep, logits and their gradient, three chunks of 2^26."""
+    cell = make_cell("sft", lora_rank=8, sequence_length=256, **{**GPU, "micro_batch": 4, "global_batch": 4})
+    layer = 4 * (256 * 2 * (16 * 1024 + 4 * 8) + 6 * 16 * 256**2)
+    adapters = 3_145_728
+    states = 2 * PARAMETERS + 2 * adapters + 12 * adapters
+    chunk = 2**26 // 250_880 * 250_880
+    loss = 2 * 2 * 1000 * 250_880 + 3 * 4 * chunk
+    assert bytes_of(cell, heads=1000) == ("loss of the policy", states + 24 * layer + loss)
+
+
+def test_gradients_are_there_during_the_loss_only_if_they_accumulate() -> None:
+    once, often = (
+        make_cell("sft", sequence_length=512, optimizer="fused", **{**GPU, "micro_batch": 8, "global_batch": batch}) for batch in (8, 16)
+    )
+    assert bytes_of(often)[0] == bytes_of(once)[0] == "loss of the policy"
+    assert bytes_of(often)[1] - bytes_of(once)[1] == 2 * PARAMETERS
+
+
+def test_activation_checkpointing_keeps_one_layer_and_the_inputs() -> None:
+    plain, saved = (
+        make_cell("rm", sequence_length=512, activation_checkpointing=on, lora_rank=8, **{**GPU, "micro_batch": 16, "global_batch": 16})
+        for on in (False, True)
+    )
+    assert bytes_of(saved)[1] < bytes_of(plain)[1] / 4
+
+
+def test_states_in_host_memory_take_nothing_of_the_device() -> None:
+    on_device, off = (make_cell("sft", name, **GPU) for name in ("zero2", "zero2_cpu"))
+    assert bytes_of(on_device, length=8, heads=8)[1] - bytes_of(off, length=8, heads=8)[1] >= 12 * PARAMETERS
+
+
+def test_shards_are_shared_by_the_ranks() -> None:
+    one, two = (make_cell("sft", "zero2", nodes=nodes, **{**GPU, "global_batch": 8 * nodes}) for nodes in (1, 2))
+    assert bytes_of(two, length=8, heads=8)[1] == pytest.approx((2 + (2 + 12 + 8) / 2) * PARAMETERS, rel=0.01)
+    assert bytes_of(one, length=8, heads=8)[1] == pytest.approx(24 * PARAMETERS)
+
+
+def test_ppo_holds_four_models_and_the_largest_of_its_moments() -> None:
+    """Policy and critic train, reference and reward model only lie there: 14 bytes without gradients and 2, of each parameter."""
+    cell = make_cell("ppo", lora_rank=0, **{**GPU, "micro_batch": 8, "global_batch": 32})
+    name, peak = bytes_of(cell)
+    assert name == "step of the critic"  # of as many parameters as the policy, and its scalar head
+    assert peak > (2 * 14 + 2 * 2) * PARAMETERS
+    many = make_cell("ppo", lora_rank=8, prompts_per_iteration=4096, **{**GPU, "micro_batch": 1, "global_batch": 32})
+    assert bytes_of(many)[0] == "rollout"
+
+
+def test_what_is_not_known_has_a_reason() -> None:
+    cell = make_cell("sft", **{**GPU, "model": "/models/mine"})
+    trial = Trial(Row(make_record(cell), cell, "a"))
+    for name in ("theory_state_gib", "theory_peak_gib", "unexplained_memory_gib"):
+        assert trial.values[name].reason == "the sizes of /models/mine are not known here: it is no preset"
+
+
+def test_the_longest_sequence_that_a_stage_tells_is_taken() -> None:
+    cell = make_cell("rm", lora_rank=8, **{**GPU, "micro_batch": 8, "global_batch": 8})
+    record = make_record(cell)
+    told = dataclasses.replace(record.parts[0], facts={**record.parts[0].facts, "longest_sequence": 128})
+    values = [Trial(Row(it, cell, "a")).values for it in (record, dataclasses.replace(record, parts=[told]))]
+    longest, short = (item["theory_peak_gib"].number for item in values)
+    assert longest is not None
+    assert short is not None
+    assert short == pytest.approx(bytes_of(cell, length=128)[1] / GIB)
+    assert short < longest
