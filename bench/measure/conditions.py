@@ -34,6 +34,9 @@ def conditions(record: Record) -> dict[str, str]:
     """
     cell, facts = record.cell, record.lead.facts if record.lead else {}
     found = {"device": cell.get("device"), "device name": _device_name(record), "launcher": record.launcher}
+    found["image"] = _images(record.provenance.get("machines"))
+    if cell.get("device") == "cuda":
+        found["power limit"] = _power_limits(record.provenance.get("machines"))
     found["precision"] = facts.get("precision") or cell.get("precision")
     found |= _software(record.provenance.get("versions"), record.provenance.get("source"), str(cell.get("device")))
     roles = {cell.get("data"): "data", cell.get("ptx"): "ptx data", "tokenizer": "tokenizer"}
@@ -45,18 +48,25 @@ def conditions_here(device: str) -> dict[str, str]:
     """What `conditions` would say of a trial that ran in this process's place: software and device."""
     here = _software(versions(), source(), device)
     names = {str(found["name"]) for found in machine()["devices"]} if device == "cuda" else {machine()["cpu"]}
-    return {"device name": ", ".join(sorted(filter(None, names))) or "none", **here}
+    found = {"device name": ", ".join(sorted(filter(None, names))) or "none", "image": _images([machine()])}
+    if device == "cuda":
+        found["power limit"] = _power_limits([machine()])
+    return here | {name: value for name, value in found.items() if value is not None}
 
 
 def differences(before: Iterable[Mapping[str, str]], now: Iterable[Mapping[str, str]]) -> list[Difference]:
     """The conditions that both sides state and that are not the same, each side being one trial or more.
 
+    Where a side is mixed in itself, that is a difference too: nothing says that what is paired ran under the same ones.
+
     >>> differences([{"torch": "2.13.0", "device": "cpu"}], [{"torch": "2.11.0", "precision": "fp32"}])
     [Difference(name='torch', before='2.13.0', now='2.11.0')]
+    >>> differences([{"device name": "A"}, {"device name": "B"}], [{"device name": "B"}, {"device name": "A"}])
+    [Difference(name='device name', before='A and B', now='A and B')]
     """
     first, second = _values(before), _values(now)
-    common = [name for name in first if name in second and first[name] != second[name]]
-    return [Difference(name, _shown(first[name]), _shown(second[name])) for name in common]
+    apart = [name for name in first if name in second and (first[name] != second[name] or len(first[name]) > 1)]
+    return [Difference(name, _shown(first[name]), _shown(second[name])) for name in apart]
 
 
 def _device_name(record: Record) -> Any:
@@ -65,6 +75,19 @@ def _device_name(record: Record) -> Any:
         machines = record.provenance.get("machines") or [{}]
         return machines[0].get("cpu")
     return record.lead.facts.get("device_name") if record.lead else None
+
+
+def _images(machines: Any) -> str | None:
+    """Name of the container image on every node (its digest is part of the name), `none` where there was none."""
+    names = {str(found.get("container") or "none") for found in machines or [] if "container" in found}
+    return ", ".join(sorted(names)) or None
+
+
+def _power_limits(machines: Any) -> str | None:
+    """What the devices of all nodes may draw; None where none says so. A capped card is another card."""
+    devices = [device for found in machines or [] for device in found.get("devices") or []]
+    limits = sorted({float(device["power_limit_watts"]) for device in devices if device.get("power_limit_watts")})
+    return ", ".join(f"{limit:.0f} W" for limit in limits) or None
 
 
 def _software(packages: Any, origin: Any, device: str) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """Two result sets, cell by cell: a candidate against its baseline. Torch-free.
 
 A regression is a claim of the statistics (slower beyond the threshold, significant within its family), a loss outside its
-band, or a trial that was ok and is not. Everything else is shown and decides nothing.
+band, a trial that was ok and is not, or a row that is struck and was not. Where the baseline is a reference (it lies below a
+folder `references`), a step time or memory above its band is one too. Everything else is shown and decides nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from bench.cell import Cell
 from bench.errors import UserError
 from bench.measure.conditions import Difference, conditions, differences
 from bench.report.analysis import MEMORY
+from bench.report.bands import COSTS, Check, cost_check
 from bench.report.inventory import BadFile, cell_order
 from bench.report.metrics import primary_metric
 from bench.report.pairing import Measured, Side, nothing_common, pair_cells, read_cells, sorted_cells
@@ -25,6 +27,8 @@ from bench.report.statistics import Comparison, Summary, verdicts
 from bench.report.statistics import compare as compare_ratios
 from bench.report.text import first_line
 
+REFERENCES = "references"
+"""Folder of stored records; a baseline below it is a reference."""
 LOSS_ORDER = ("outside", "undefined", "inside", "identical")
 
 
@@ -53,13 +57,24 @@ class Change:
     """Of the speed, or why there is none."""
     losses: Losses | None = None
     """The worst over pairs of trials; None where no pair is ok."""
+    costs: tuple[Check, ...] = ()
+    """Step time and memory against the reference band; none where the baseline is no reference."""
 
     @property
     def regressions(self) -> tuple[str, ...]:
         """Why this cell is a regression; empty if it is none."""
+        struck = [f"struck: {self.candidate.struck}"] if self.candidate.struck and not self.baseline.struck else []
         slow = [f"slower: {self.speed.middle:.3f} of the baseline's speed"] if self.speed and self.verdict == "slower" else []
-        lost = [f"losses outside the band: {self.losses.text}"] if self.losses and self.losses.state == "outside" else []
-        return (*self.broken, *slow, *lost)
+        judged = self.losses if not self.baseline.struck else None
+        lost = [f"losses outside the band: {judged.text}"] if judged and judged.state == "outside" else []
+        above = [f"outside the reference band: {it.name} {it.text}" for it in self.costs if it.state == "outside" and not it.better]
+        return (*self.broken, *struck, *slow, *lost, *above)
+
+    @property
+    def band(self) -> str:
+        """`inside`, `outside` or `undefined` of the reference band; empty where the baseline is no reference."""
+        states = {check.state for check in self.costs} | ({self.losses.state} if self.losses and self.costs else set())
+        return next((state for state in ("outside", "undefined") if state in states), "inside") if states else ""
 
     @property
     def mended(self) -> bool:
@@ -126,7 +141,8 @@ def compare_sets(baseline: Path, candidate: Path) -> Changes:
     pairs, rest_before, rest_after = pair_cells(before, after)
     if not pairs:
         raise UserError(nothing_common(baseline, candidate, before, after))
-    changes = [_change(before[first], after[second]) for first, second in pairs]
+    bands = REFERENCES in baseline.absolute().parts
+    changes = [_change(before[first], after[second], bands=bands) for first, second in pairs]
     return Changes(
         names=(str(baseline), str(candidate)), cells=_judge_speed(sorted(changes, key=lambda change: cell_order(change.cell))),
         only_baseline=sorted_cells(before[key] for key in rest_before), only_candidate=sorted_cells(after[key] for key in rest_after),
@@ -137,7 +153,7 @@ def compare_sets(baseline: Path, candidate: Path) -> Changes:
 # -- one cell ----------------------------------------------------------------------------------------------------
 
 
-def _change(before: list[Measured], after: list[Measured]) -> Change:
+def _change(before: list[Measured], after: list[Measured], *, bands: bool) -> Change:
     baseline, candidate = (Side({trial.row.record.trial: trial for trial in trials}) for trials in (before, after))
     memory_name, memory = _memory(baseline, candidate)
     return Change(
@@ -146,7 +162,19 @@ def _change(before: list[Measured], after: list[Measured]) -> Change:
         broken=tuple(_broken(baseline, candidate)), lacking=tuple(number for number in baseline.trials if number not in candidate.trials),
         speed=_speed(baseline, candidate), step_time=_ratio(baseline, candidate, "step_seconds"), memory=memory, memory_name=memory_name,
         verdict=_why_no_speed(baseline, candidate), losses=_losses(baseline, candidate),
+        costs=_against_band(baseline, candidate) if bands else (),
     )  # fmt: skip
+
+
+def _against_band(baseline: Side, candidate: Side) -> tuple[Check, ...]:
+    """Medians of the candidate's step time and memory against those of the stored trials."""
+    if _why_not_ranked(baseline, candidate):
+        return ()
+    checks = []
+    for name in COSTS:
+        mine, stored = candidate.summary(name), baseline.summary(name)
+        checks.append(cost_check(name, mine.middle if mine else None, stored.points if stored else ()))
+    return tuple(check for check in checks if check is not None)
 
 
 def _conditions(trial: Measured) -> dict[str, str]:
@@ -163,15 +191,23 @@ def _broken(baseline: Side, candidate: Side) -> Iterator[str]:
 
 def _why_no_speed(baseline: Side, candidate: Side) -> str:
     """Why times are not compared, or nothing."""
-    problem = baseline.clock_problem or candidate.clock_problem
-    if problem:
-        return f"not compared ({problem})"
+    if problem := _why_not_ranked(baseline, candidate):
+        return problem
     return "" if baseline.ok.keys() & candidate.ok.keys() else "no claim (no pair of ok trials)"
 
 
+def _why_not_ranked(baseline: Side, candidate: Side) -> str:
+    """Why neither times nor memory of the two may be held against each other, or nothing."""
+    if problem := baseline.clock_problem or candidate.clock_problem:
+        return f"not compared ({problem})"
+    if candidate.struck:
+        return "struck"
+    return f"not compared (the baseline is struck: {baseline.struck})" if baseline.struck else ""
+
+
 def _ratios(baseline: Side, candidate: Side, name: str) -> list[float]:
-    """A metric of the candidate over that of the baseline, paired by trial; empty where the clocks do not count."""
-    if baseline.clock_problem or candidate.clock_problem:
+    """A metric of the candidate over that of the baseline, paired by trial; empty where the clocks do not count or one is struck."""
+    if _why_not_ranked(baseline, candidate):
         return []
     before, after = baseline.ok, candidate.ok
     pairs = [(before[number].values[name], after[number].values[name]) for number in before if number in after]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bench.report.bands import COST_SHARE
 from bench.report.compare import Change, Changes
 from bench.report.metrics import METRICS, primary_metric
 from bench.report.pairing import final_metric
@@ -11,10 +12,12 @@ from bench.report.text import DASH, counted, number, ratio, spread
 HEAD = ("cell", "outcomes", "verdict", "speed", "step time", "memory", "losses", "final loss")
 LEGEND = (
     "Ratios are candidate over baseline, paired by trial: all of them below 6 pairs, else the median with its 95 % interval. Speed is the "
-    "primary metric of the stage. Memory and step time decide nothing; more than 5 % away is marked `!`."
+    "primary metric of the stage. Step time and memory decide nothing, unless the baseline is a reference: then more than 5 % above its "
+    "median is a regression. More than 5 % away is marked `!`."
 )
-SHARE = 0.05
+SHARE = COST_SHARE
 """Change of step time or memory that is marked: the reference band."""
+BANDS = ("inside", "outside", "undefined")
 
 
 def changes_text(changes: Changes) -> str:
@@ -38,6 +41,7 @@ def _summary(changes: Changes) -> str:
         counted(len(changes.regressions), "regression"),
         *(f"{count} {word}" for word in ("faster", "equal") if (count := sum(change.verdict == word for change in changes.cells))),
         *([counted(count, "cell was mended", "cells were mended")] if (count := sum(change.mended for change in changes.cells)) else []),
+        *(f"{count} {word} the reference band" for word in BANDS if (count := sum(change.band == word for change in changes.cells))),
     ]
     return ", ".join(words) + "."
 
@@ -63,7 +67,9 @@ def _table(stage: str, changes: list[Change]) -> list[str]:
         heads[HEAD.index("memory")] = f"memory ({names.pop()})"
     if stage == "ppo":
         heads[-1] = "final reward"
-    rows = [[_plain(text) for text in _row(change)] for change in changes]
+    bands = any(change.band for change in changes)
+    rows = [[_plain(text) for text in [*_row(change), *([change.band or DASH] if bands else [])]] for change in changes]
+    heads += ["reference band"] if bands else []
     return [f"## {stage}", "", _line(heads), _line(["---"] * len(heads)), *map(_line, rows), ""]
 
 

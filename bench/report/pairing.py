@@ -13,6 +13,7 @@ from bench.layout import Layout
 from bench.report.analysis import MEMORY
 from bench.report.inventory import BadFile, Row, cell_order, read_inventory
 from bench.report.metrics import METRICS, NoValue, Trial, primary_metric
+from bench.report.parity import NOTHING_TRAINED, Parity, judge, trained_nothing
 from bench.report.statistics import Summary
 
 SETTINGS_OF_THE_PLACE = ("device", "launcher", "precision")
@@ -31,6 +32,8 @@ class Measured:
     """Why its times and memory mean nothing, or None."""
     indicative: bool
     """Whether its window is too short to publish."""
+    struck: str | None = None
+    """Why it may not be ranked: its losses are other than those of `naive` in its set, or its numbers cannot be true."""
 
     @property
     def outcome(self) -> str:
@@ -53,6 +56,11 @@ class Side:
     def clock_problem(self) -> str | None:
         """Why its times and memory mean nothing, or None."""
         return next((trial.clock_problem for trial in self.trials.values() if trial.clock_problem), None)
+
+    @property
+    def struck(self) -> str | None:
+        """Why one of the ok trials is struck, or None."""
+        return next((trial.struck for trial in self.ok.values() if trial.struck), None)
 
     def summary(self, name: str) -> Summary | None:
         """A metric over the ok trials; None where none of them has it."""
@@ -79,10 +87,17 @@ Pairing = tuple[list[tuple[str, str]], list[str], list[str]]
 def read_cells(folder: Path) -> tuple[Cells, tuple[BadFile, ...]]:
     """The trials of each cell by its identity; a suite's folder stands for its records. Raises UserError where there is none."""
     records = Layout(folder).records
-    inventory = read_inventory(records if records.is_dir() else folder)
+    found: dict[str, Measured] = {}
+
+    def keep(row: Row) -> Row:
+        found[row.file] = _measured(row)
+        return found[row.file].row
+
+    inventory = read_inventory(records if records.is_dir() else folder, keep=keep)
+    parities = judge(inventory.rows)
     cells: Cells = defaultdict(list)
     for row in inventory.rows:
-        cells[canonical_json(identity(row.cell))].append(_measured(row))
+        cells[canonical_json(identity(row.cell))].append(_judged(found[row.file], parities.get(row.file)))
     if not cells:
         first = inventory.bad_files[0]
         raise UserError(
@@ -97,8 +112,20 @@ def _measured(row: Row) -> Measured:
     parts = [replace(part, laps=[]) for part in row.record.parts]
     return Measured(
         row=replace(row, record=replace(row.record, parts=parts)), values={name: _value(trial, name) for name in names},
-        clock_problem=trial.clock_problem, indicative=bool(trial.window and trial.window.indicative),
+        clock_problem=trial.clock_problem, indicative=bool(trial.window and trial.window.indicative), struck=_struck(trial),
     )  # fmt: skip
+
+
+def _struck(trial: Trial) -> str | None:
+    """What a record by itself has against it."""
+    if trial.record.outcome != "ok":
+        return None
+    return NOTHING_TRAINED if trained_nothing(trial.record) else next(iter(trial.impossible), None)
+
+
+def _judged(trial: Measured, parity: Parity | None) -> Measured:
+    """With the verdict of its set on the losses."""
+    return replace(trial, struck=parity.reason) if parity and parity.state == "struck" and not trial.struck else trial
 
 
 def _value(trial: Trial, name: str) -> float | None:

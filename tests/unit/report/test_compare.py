@@ -300,3 +300,107 @@ def test_the_text_does_not_depend_on_the_order_of_files(tmp_path: Path) -> None:
         compare(*both(tmp_path / name, order, order), markdown=tmp_path / f"{name}.md")
         texts.append((tmp_path / f"{name}.md").read_text(encoding="utf-8").split("\n", 1)[1])
     assert texts[0] == texts[1]
+
+
+# -- what may not be compared ------------------------------------------------------------------------------------
+
+
+def card(item: Record, name: str) -> Record:
+    return dataclasses.replace(item, parts=[dataclasses.replace(part, facts=part.facts | {"device_name": name}) for part in item.parts])
+
+
+def test_devices_that_are_mixed_in_both_sets_are_refused_although_both_have_the_same_ones(tmp_path: Path) -> None:
+    before = [card(record(NAIVE, 0), "NVIDIA A100"), card(record(NAIVE, 1), "NVIDIA H100")]
+    after = [card(record(NAIVE, 0), "NVIDIA H100"), card(record(NAIVE, 1), "NVIDIA A100")]
+    with pytest.raises(UserError, match="device name: NVIDIA A100 and NVIDIA H100 / NVIDIA A100 and NVIDIA H100"):
+        compare(*both(tmp_path, before, after))
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"container": "coati-bench-cuda-0123.sif"}, r"image: none / coati-bench-cuda-0123\.sif"),
+        ({"devices": [{"power_limit_watts": 350.0}]}, "power limit: 700 W / 350 W"),
+    ],
+)
+def test_another_image_or_power_limit_is_refused(tmp_path: Path, change: dict[str, Any], text: str) -> None:
+    machine = {"hostname": "n", "container": None, "devices": [{"power_limit_watts": 700.0}]}
+    good = record(NAIVE)
+    before, after = (dataclasses.replace(good, provenance=good.provenance | {"machines": [found]}) for found in (machine, machine | change))
+    with pytest.raises(UserError, match=text):
+        compare(*both(tmp_path, [before], [after]))
+
+
+def test_a_struck_row_is_never_faster_and_is_a_regression(tmp_path: Path) -> None:
+    """zero2 of the candidate is twice as fast and learns something else than its naive; the baseline's did not."""
+    before = [record(cell, k) for cell in (NAIVE, ZERO2) for k in range(7)]
+    good, fast = [record(NAIVE, k) for k in range(7)], [record(ZERO2, k, slower=0.5) for k in range(7)]
+    after = [*good, *[with_losses(item, [value * 1.06 for value in losses_of(item)]) for item in fast]]
+    sets = both(tmp_path, before, after)
+    [naive, zero2] = compare_sets(*sets).cells
+    assert (zero2.verdict, zero2.speed, zero2.memory, zero2.step_time) == ("struck", None, None, None)
+    assert zero2.regressions[0].startswith("struck: first loss deviates by 6.0e-02")
+    assert (naive.verdict, naive.regressions) == ("equal", ())
+    assert compare(*sets) == 1
+
+
+def test_against_a_struck_baseline_no_speed_is_compared(tmp_path: Path) -> None:
+    bad = [with_losses(record(ZERO2, k), [value * 1.06 for value in losses_of(record(ZERO2, k))]) for k in range(7)]
+    naive = [record(NAIVE, k) for k in range(7)]
+    zero2 = compare_sets(*both(tmp_path, [*naive, *bad], [*naive, *[record(ZERO2, k, slower=0.5) for k in range(7)]])).cells[1]
+    assert zero2.speed is None
+    assert zero2.verdict.startswith("not compared (the baseline is struck: first loss deviates by 6.0e-02")
+    assert zero2.regressions == ()  # losses other than wrong ones are none
+
+
+def test_numbers_that_cannot_be_true_are_struck(tmp_path: Path) -> None:
+    good = record(NAIVE)
+    small = [dataclasses.replace(part, facts=part.facts | {"device_total_bytes": 2**30}) for part in good.parts]
+    [change] = compare_sets(*both(tmp_path, [good], [dataclasses.replace(good, parts=small)])).cells
+    assert change.verdict == "struck"
+    assert change.regressions == ("struck: memory above the card: 4.0 GiB, the card has 1.0 GiB",)
+
+
+# -- reference bands ---------------------------------------------------------------------------------------------
+
+
+def against_reference(root: Path, stored: list[Record], after: list[Record]) -> tuple[Path, Path]:
+    return folder(root / "references" / "h100", "suite", *stored), folder(root, "candidate", *after)
+
+
+def test_against_a_reference_a_single_trial_above_its_band_is_a_regression(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One trial can claim nothing; the band of 5 % is a declared one."""
+    stored = [record(NAIVE, k, noise=0.001) for k in range(3)]
+    sets = against_reference(tmp_path, stored, [record(NAIVE, 0, slower=1.08, noise=0.001)])
+    assert compare(*sets, junit=tmp_path / "junit.xml") == 1
+    out = capsys.readouterr().out
+    assert "1 outside the reference band" in out
+    assert f"`{NAIVE.cell_id}`: outside the reference band: step time 0.54" in out
+    assert "above 0.50" in out
+    assert "of 3 records; allowed 5%" in out
+    assert 'failures="1"' in (tmp_path / "junit.xml").read_text(encoding="utf-8")
+    assert compare(*both(tmp_path / "plain", stored, [record(NAIVE, 0, slower=1.08, noise=0.001)])) == 0
+
+
+def test_against_a_reference_less_time_is_outside_and_no_regression(tmp_path: Path) -> None:
+    sets = against_reference(tmp_path, [record(NAIVE)], [record(NAIVE, slower=0.8)])
+    assert compare(*sets) == 0
+    assert compare_sets(*sets).cells[0].band == "outside"
+
+
+def test_against_a_reference_the_same_is_inside(tmp_path: Path) -> None:
+    sets = against_reference(tmp_path, [record(NAIVE)], [record(NAIVE)])
+    assert compare(*sets) == 0
+    assert compare_sets(*sets).cells[0].band == "inside"
+
+
+def test_against_a_reference_more_memory_is_a_regression(tmp_path: Path) -> None:
+    good = record(NAIVE)
+    large = dataclasses.replace(good, observed=good.observed | {"device_memory_peak_bytes": {"GPU-0": 2 * int(6.5 * 2**30)}})
+    [change] = compare_sets(*against_reference(tmp_path, [good], [large])).cells
+    assert change.regressions[0].startswith("outside the reference band: device memory 13.00 GiB, 100.0% above 6.500 of 1 record")
+
+
+def test_losses_that_do_not_vary_leave_the_band_undefined(tmp_path: Path) -> None:
+    still = with_losses(record(NAIVE), [3.0] * 60)
+    assert compare_sets(*against_reference(tmp_path, [still], [still])).cells[0].band == "undefined"
