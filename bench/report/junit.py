@@ -57,8 +57,8 @@ def _case(change: Change) -> ET.Element:
         failure.text = _clean("\n".join(change.regressions))
     losses = change.losses.text if change.losses else "not compared"
     speed = ratio_text(Summary(change.speed.ratios)) if change.speed else "none"
-    lines = (f"outcomes: {outcomes_text(change)}", f"verdict: {verdict_text(change)}", f"speed: {speed}", f"losses: {losses}")
-    lines += tuple(f"reference band: {check.name}: {check.state}; {check.text}" for check in change.costs)
+    lines = [f"outcomes: {outcomes_text(change)}", f"verdict: {verdict_text(change)}", f"speed: {speed}", f"losses: {losses}"]
+    lines += (f"reference band: {check.name}: {check.state}; {check.text}" for check in change.costs)
     ET.SubElement(case, "system-out").text = _clean("\n".join(lines))
     return case
 

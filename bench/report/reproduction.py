@@ -64,8 +64,8 @@ def _fact(row: Row, name: str) -> Any:
 
 
 def _costs(new: Row, old: Row, siblings: Sequence[Row]) -> list[Check]:
-    """Speed, step time and memory, where both were measured on the same device."""
-    trial, trials = Trial(new), [Trial(row) for row in siblings if row.record.outcome == "ok"]
+    """Speed, step time and memory, where both were measured on the same device; siblings from another one have no say."""
+    trial, trials = Trial(new), [Trial(row) for row in siblings if row.record.outcome == "ok" and not _other_device(row, old)]
     problem = trial.clock_problem or Trial(old).clock_problem or _other_device(new, old)
     if problem:
         return [Check("times", "undefined", f"not compared: {problem}")]

@@ -48,6 +48,11 @@ def test_failed_siblings_have_no_part_in_the_range() -> None:
     assert states(row(seconds=0.6), row(seconds=0.5), failed)["step time"] == "outside"
 
 
+def test_siblings_from_another_device_have_no_part_in_the_range() -> None:
+    other = with_fact(row(1, seconds=5.0), device_name="NVIDIA A100")
+    assert states(row(seconds=0.6), row(seconds=0.5), other)["step time"] == "outside"
+
+
 def test_the_interval_of_many_records_does_not_shrink_to_that_of_their_median() -> None:
     points = [1.0 + 0.01 * k for k in range(31)]
     low, high, what = old_interval(points)
