@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from bench.errors import CheckpointError
-from bench.weights_file import Stored, listing, load_state_dict_file, pieces, read_header, read_into, stored_tensors
+from bench.weights_file import Stored, listing, pieces, read_into, stored_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -114,26 +114,28 @@ def save_checkpoint(
     tokenizer: PreTrainedTokenizerBase | None,
     started_from: dict[str, str],
     lora: dict[str, Any],
+    notes: dict[str, Any] | None = None,
 ) -> str:
     """Write `state` (of a language model or a Scorer, LoRA layers included) as a checkpoint; return its sha256.
 
-    `lora` is what `add_lora` returned, {} without adapters. LoRA layers are merged in fp32 and merged tensors stay fp32: in
-    bf16 a small change would be rounded away. Other tensors keep their type. An older checkpoint in `folder` is replaced, at once,
-    when the new one is complete. Raises CheckpointError if `state` is not a whole model of this architecture.
+    `lora` is what `add_lora` returned, {} without adapters; `notes` are more facts. LoRA layers are merged in fp32 and merged
+    tensors stay fp32: in bf16 a small change would be rounded away. Other tensors keep their type. An older checkpoint in `folder`
+    is replaced, at once, when the new one is complete. Raises CheckpointError if `state` is not a whole model of this architecture.
     """
     folder = Path(folder)
-    weights, adapters = _split_lora(_canonical(state, config))
-    merged = _merge(weights, adapters, lora)
+    weights, adapters = split_lora(_canonical(state, config))
+    merged = merge_lora(weights, adapters, lora)
     kind = "scorer" if HEAD in merged else "language-model"
     config, tied = _drop_tied(merged, config, {f"{name}.weight" for name in adapters})
-    _check_whole(merged, config, tied, kind)
+    check_whole(merged, config, kind, "the state to save")
     facts = {"schema": SCHEMA, "stage": stage, "kind": kind, "tied": tied, "started_from": started_from, "lora": lora or None}
-    with _written_at_once(folder) as draft:
+    facts |= notes or {}
+    with written_at_once(folder) as draft:
         _write_weights(draft, merged, facts, config)
         if tokenizer is not None:
             tokenizer.save_pretrained(draft)
         if adapters:
-            _write_adapter(draft / "adapter", adapters, lora)
+            write_adapter(draft / "adapter", adapters, lora)
         sha256 = checkpoint_sha256(draft)
         _write_json(draft / FACTS, {**facts, "sha256": sha256, "parameters": sum(tensor.numel() for tensor in merged.values())})
     return sha256
@@ -147,7 +149,7 @@ def _canonical(state: dict[str, torch.Tensor], config: PretrainedConfig) -> dict
     return {key if key == HEAD else f"{prefix}.{key.removeprefix('model.')}": value for key, value in state.items()}
 
 
-def _split_lora(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, torch.Tensor]]]:
+def split_lora(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, torch.Tensor]]]:
     """Weights under the names of the bare model, and the LoRA layers: module name -> {lora_A, lora_B}."""
     weights: dict[str, torch.Tensor] = {}
     adapters: dict[str, dict[str, torch.Tensor]] = {}
@@ -160,7 +162,10 @@ def _split_lora(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor]
     return weights, adapters
 
 
-def _merge(weights: dict[str, torch.Tensor], adapters: dict[str, dict[str, torch.Tensor]], lora: dict[str, Any]) -> dict[str, torch.Tensor]:
+def merge_lora(
+    weights: dict[str, torch.Tensor], adapters: dict[str, dict[str, torch.Tensor]], lora: dict[str, Any]
+) -> dict[str, torch.Tensor]:
+    """`weights` with the change of every LoRA layer added, in fp32. Raises CheckpointError without LoRA facts."""
     if adapters and not lora:
         raise CheckpointError("the state has LoRA layers, but no LoRA facts were given; those that add_lora returned would be right")
     merged = dict(weights)
@@ -178,8 +183,7 @@ def _drop_tied(state: dict[str, torch.Tensor], config: PretrainedConfig, adapted
     config = type(config).from_dict(config.to_dict())
     if not config.tie_word_embeddings:
         return config, {}
-    model = _meta_model(config)
-    embedding = next(name for name, child in model.named_modules() if child is model.get_input_embeddings()) + ".weight"
+    embedding = embedding_name(config)
     if LM_HEAD in adapted or embedding in adapted:
         config.tie_word_embeddings = False
         return config, {}
@@ -187,14 +191,23 @@ def _drop_tied(state: dict[str, torch.Tensor], config: PretrainedConfig, adapted
     return config, {LM_HEAD: embedding}
 
 
-def _check_whole(state: dict[str, torch.Tensor], config: PretrainedConfig, tied: dict[str, str], kind: str) -> None:
-    shapes = {name: tuple(tensor.shape) for name, tensor in _meta_model(config).state_dict().items() if name not in tied}
+def embedding_name(config: PretrainedConfig) -> str:
+    """Name of the input embedding's weight."""
+    model = meta_model(config)
+    return next(name for name, child in model.named_modules() if child is model.get_input_embeddings()) + ".weight"
+
+
+def check_whole(state: dict[str, torch.Tensor], config: PretrainedConfig, kind: str, source: str) -> None:
+    """Raise CheckpointError unless `state` is a whole `language-model` or `scorer` of this architecture; a tied head may be in it."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in meta_model(config).state_dict().items()}
     if kind == "scorer":
-        shapes = {**{name: shape for name, shape in shapes.items() if name != LM_HEAD}, HEAD: (1, config.hidden_size)}
-    _check_names("the state to save", {name: tuple(tensor.shape) for name, tensor in state.items()}, shapes)
+        shapes[HEAD] = (1, config.hidden_size)
+    if kind == "scorer" or (config.tie_word_embeddings and LM_HEAD not in state):
+        shapes.pop(LM_HEAD, None)
+    _check_names(source, {name: tuple(tensor.shape) for name, tensor in state.items()}, shapes)
 
 
-def _meta_model(config: PretrainedConfig) -> Any:
+def meta_model(config: PretrainedConfig) -> Any:
     """The causal language model of `config` without storage."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -218,7 +231,8 @@ def _write_weights(folder: Path, state: dict[str, torch.Tensor], facts: dict[str
     config.save_pretrained(folder)
 
 
-def _write_adapter(folder: Path, adapters: dict[str, dict[str, torch.Tensor]], lora: dict[str, Any]) -> None:
+def write_adapter(folder: Path, adapters: dict[str, dict[str, torch.Tensor]], lora: dict[str, Any]) -> None:
+    """Write LoRA layers (module -> {lora_A, lora_B}) as a peft folder. `lora`: rank, alpha, fan_in_fan_out."""
     from peft import LoraConfig
     from safetensors.torch import save_file
 
@@ -243,7 +257,7 @@ def _write_json(path: Path, content: Any) -> None:
 
 
 @contextmanager
-def _written_at_once(folder: Path) -> Iterator[Path]:
+def written_at_once(folder: Path) -> Iterator[Path]:
     """A draft folder that becomes `folder` at the end; nothing is left of it after an error."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
@@ -300,7 +314,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
 def _targets(module: nn.Module) -> dict[str, torch.Tensor]:
     """The tensors of `module` that a checkpoint fills, by stored name; adapters and tied heads are none."""
     config: Any = module.config
-    weights, _ = _split_lora(_canonical(dict(module.state_dict()), config))
+    weights, _ = split_lora(_canonical(dict(module.state_dict()), config))
     if config.tie_word_embeddings:
         weights.pop(LM_HEAD, None)
     return weights
@@ -325,46 +339,3 @@ def _check_names(source: str, seen: dict[str, tuple[int, ...]], wanted: dict[str
 
 def _some(names: list[str], limit: int = 4) -> str:
     return ", ".join(names[:limit]) + (f", ... ({len(names) - limit} more)" if len(names) > limit else "")
-
-
-# --------------------------------------------------------------------------------------------------------------- inspect
-
-
-def inspect_checkpoint(path: Path) -> dict[str, Any]:
-    """What a checkpoint folder, a safetensors file or a pickled state dict holds, for people and for `checkpoint inspect`.
-
-    Keys: format, tensors, parameters, dtypes, names (name -> shape), value_head, lora (names), facts, sha256 (folders).
-    A pickle is read with torch's `weights_only`, which runs no code of it. Raises CheckpointError.
-    """
-    path = Path(path)
-    if path.is_dir() or path.suffix == ".safetensors":
-        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-        if not files:
-            raise CheckpointError(f"{path}: no safetensors; seen: {listing(path)}; a folder with {WEIGHTS} would be right")
-        shapes = {name: (item.dtype, item.shape) for name, item in stored_tensors(files).items()}
-        metadata = {key: value for file in files for key, value in read_header(file)[0].get("__metadata__", {}).items()}
-        facts = json.loads(metadata["coati-bench"]) if "coati-bench" in metadata else {}
-        described = _describe("safetensors", shapes)
-        return {**described, "facts": facts, "sha256": checkpoint_sha256(path) if path.is_dir() else None}
-    state = load_state_dict_file(path)
-    return {
-        **_describe("pickle", {name: (str(tensor.dtype), list(tensor.shape)) for name, tensor in state.items()}),
-        "facts": {},
-        "sha256": None,
-    }
-
-
-def _describe(form: str, tensors: dict[str, tuple[str, list[int]]]) -> dict[str, Any]:
-    sizes = [_product(shape) for _, shape in tensors.values()]
-    return {
-        "format": form, "tensors": len(tensors), "parameters": sum(sizes), "dtypes": sorted({dtype for dtype, _ in tensors.values()}),
-        "names": {name: list(shape) for name, (_, shape) in tensors.items()},
-        "value_head": any(name.startswith("value_head.") for name in tensors), "lora": [name for name in tensors if "lora_" in name],
-    }  # fmt: skip
-
-
-def _product(shape: list[int]) -> int:
-    size = 1
-    for side in shape:
-        size *= side
-    return size

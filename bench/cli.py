@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from bench import __version__
+from bench.checkpoint_commands import app as checkpoint_app
 from bench.data.commands import app as data_app
 from bench.errors import BenchError
 
@@ -28,7 +29,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(data_app, name="data")
-checkpoint_app = typer.Typer(help="Look into the weights that stages hand on.", no_args_is_help=True)
 app.add_typer(checkpoint_app, name="checkpoint")
 schema_app = typer.Typer(help="JSON Schema of the project's files.", no_args_is_help=True)
 app.add_typer(schema_app, name="schema")
@@ -139,7 +139,7 @@ def compare(
     junit: Annotated[Path | None, typer.Option(help="Also write the verdicts here, for a CI server.")] = None,
     allow_differences: Annotated[bool, typer.Option("--allow-differences", help="Compare although settings that matter differ.")] = False,
 ) -> None:
-    """Compare two sets of records, cell by cell. Exit code 1 tells of a regression."""
+    """Compare two sets of records, cell by cell; below results/references the baseline is a reference band. Exit code 1: a regression."""
     from bench.report.compare import compare as judge
 
     raise typer.Exit(judge(baseline, candidate, markdown=markdown, junit=junit, allow_differences=allow_differences))
@@ -163,14 +163,6 @@ def doctor(format: Format = "text") -> None:
     from bench.doctor import run_doctor
 
     raise typer.Exit(run_doctor(format=_format(format)))
-
-
-@checkpoint_app.command("inspect")
-def checkpoint_inspect(path: Annotated[Path, typer.Argument(help="A checkpoint folder or a .safetensors file.")]) -> None:
-    """Show the keys, shapes and types of a checkpoint and where it comes from."""
-    from bench.checkpoint import inspect_checkpoint
-
-    typer.echo(json.dumps(inspect_checkpoint(path), indent=1))
 
 
 @schema_app.command("suite")

@@ -132,6 +132,67 @@ def tensor_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     return digest.hexdigest()
 
 
+def weight_files(path: Path) -> list[Path]:
+    """The files of weights that `path` stands for: itself, the shards of an index, or those of a folder (safetensors before pickles).
+
+    Raises CheckpointError if there are none, or if a shard that an index names is missing.
+    """
+    if path.is_dir():
+        indexes = [path / name for name in ("model.safetensors.index.json", "pytorch_model.bin.index.json")]
+        if index := next((file for file in indexes if file.is_file()), None):
+            return _shards(index)
+        found = sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin")) or sorted(path.glob("*.pt"))
+        if not found:
+            raise CheckpointError(f"{path}: no weights; seen: {listing(path)}; a folder with model.safetensors would be right")
+        return found
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file; weights (.safetensors, .pt, an index of shards, a folder) would be right")
+    return _shards(path) if path.name.endswith(".index.json") else [path]
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{index}: no index of shards; a JSON object with `weight_map` would be right") from None
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing or not names:
+        raise CheckpointError(f"{index}: shards are missing; seen: {len(names) - len(missing)} of {len(names)}; wanted: {missing[:4]}")
+    return [index.parent / name for name in names]
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether the content of `path` begins as a safetensors file does, whatever its name is."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    return path.suffix == ".safetensors" or (len(start) == 9 and start[8:] == b"{" and struct.unpack("<Q", start[:8])[0] < 1 << 32)
+
+
+def tensor_shapes(files: list[Path]) -> dict[str, tuple[str, list[int]]]:
+    """Name -> type and shape of every tensor, without reading their values. Raises CheckpointError."""
+    found: dict[str, tuple[str, list[int]]] = {}
+    for path in files:
+        if is_safetensors(path):
+            found |= {name: (item.dtype, item.shape) for name, item in stored_tensors([path]).items()}
+        else:
+            found |= {name: (str(it.dtype), list(it.shape)) for name, it in load_state_dict_file(path, device="meta").items()}
+    return found
+
+
+def load_tensors(files: list[Path]) -> dict[str, torch.Tensor]:
+    """Every tensor of the files, on the CPU. Raises CheckpointError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    found: dict[str, torch.Tensor] = {}
+    for path in files:
+        try:
+            found |= load_file(path) if is_safetensors(path) else load_state_dict_file(path)
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}: no safetensors file; {error}; a complete one would be right") from None
+    return found
+
+
 def load_plain(path: Path, what: str, right: str, *, device: str = "cpu") -> Any:
     """What `torch.save` wrote, tensors and plain values only: no code of a pickle is run. `device` "meta" reads shapes, no values.
 

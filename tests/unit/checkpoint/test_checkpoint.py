@@ -18,13 +18,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bench.cell import cell_from_json
 from bench.checkpoint import (
     checkpoint_sha256,
-    inspect_checkpoint,
     load_checkpoint,
     read_facts,
     save_checkpoint,
 )
 from bench.errors import CheckpointError
 from bench.models.build import add_lora, build_policy, build_scorer
+from bench.models.inspection import inspect_checkpoint
 from bench.models.tokenizer import train_tokenizer
 from bench.trial import make_trial
 from bench.weights_file import tensor_digest
@@ -321,7 +321,8 @@ def test_inspection_tells_tensors_types_and_facts(tmp_path: Path) -> None:
     sha256 = save(build("bloom-tiny", scorer=True)[0].to(torch.bfloat16), tmp_path / "weights", stage="rm")
     seen = inspect_checkpoint(tmp_path / "weights")
     assert (seen["format"], seen["parameters"], seen["dtypes"]) == ("safetensors", 362_368 + 64, ["BF16"])
-    assert seen["names"]["value_head.weight"] == [1, 64]
+    assert seen["names"]["value_head.weight"] == {"dtype": "BF16", "shape": [1, 64]}
+    assert seen["fits"][0].startswith("scorer ")
     assert seen["value_head"]
     assert seen["facts"]["stage"] == "rm"
     assert seen["sha256"] == sha256
