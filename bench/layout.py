@@ -6,14 +6,12 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-import platformdirs
-
 CACHE_VARIABLE = "COATI_BENCH_CACHE"
 
 
 def cache_folder(cache: Path | None = None) -> Path:
-    """Where what outlives a suite lies: `cache`, else the environment's COATI_BENCH_CACHE, else the user's cache folder."""
-    given = cache or os.environ.get(CACHE_VARIABLE) or platformdirs.user_cache_path("coati-bench")
+    """Where what outlives a suite lies: `cache`, else the environment's COATI_BENCH_CACHE, else the user's cache folder (XDG)."""
+    given = cache or os.environ.get(CACHE_VARIABLE) or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "coati-bench"
     return Path(given).expanduser().absolute()
 
 

@@ -6,6 +6,7 @@ torch's `env://` rendezvous (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_P
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import random
@@ -28,7 +29,7 @@ from torch import Tensor
 from bench.errors import BenchError, MachineError
 from bench.measure.clock import LapClock, synchronise
 from bench.measure.memory import MemoryWatch
-from bench.record import Lap, Memory, Outcome, Part, save_part, write_json
+from bench.record import Lap, Memory, Outcome, Part, save_part
 from bench.resume import Resume
 from bench.stages.base import Place, Stage, StepReport, build_stage
 from bench.strategies.base import Strategy, all_strategies
@@ -38,6 +39,9 @@ EXIT_OK, EXIT_ERROR, EXIT_OOM = 0, 1, 75
 
 BEAT_SECONDS = 3.0
 """Least time between two beats inside a phase; a change of phase and a lap's edge always beat."""
+
+BEAT_BYTES = 80
+"""Length of a heartbeat's file."""
 
 DIVERGENCE = ("loss", "reward", "kl")
 """Series whose first value that is not finite ends the trial as `diverged`. They are reduced over ranks, so all ranks agree."""
@@ -63,7 +67,10 @@ class Heartbeat:
     def enter(self, phase: str, step: int | None = None) -> None:
         """Beat at a change of phase or a lap's edge."""
         self.phase, self.step = phase, self.step if step is None else step
-        write_json({"phase": self.phase, "step": self.step}, self._path)
+        text = json.dumps({"phase": self.phase, "step": self.step}).ljust(BEAT_BYTES)
+        file = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o644)
+        os.write(file, text.encode())  # over the last beat, of the same length: cheaper than a new file, and never half of one
+        os.close(file)  # what other nodes need to see it on a shared file system
         self._last = time.monotonic()
 
     def beat(self) -> None:
@@ -155,7 +162,17 @@ class Rank:
         self.world_size = dist.get_world_size()
         self.found.watch = MemoryWatch(device)
         self.found.facts |= machine_facts(device) | strategy_facts(strategy, self.trial)
-        return strategy, Place(device=device, rank=dist.get_rank(), world_size=self.world_size, beat=self.heart.beat)
+        return strategy, self._place(device)
+
+    def _place(self, device: torch.device) -> Place:
+        size = self.cell.model_parallel_size
+        place = Place(
+            device=device, rank=dist.get_rank(), world_size=self.world_size, model_parallel_size=size,
+            group=data_parallel_group(size), beat=self.heart.beat,
+        )  # fmt: skip
+        if size > 1:
+            self.found.facts["data_parallel_rank"] = place.data_rank
+        return place
 
     def _load(self, strategy: Strategy, place: Place) -> Stage:
         begin = time.perf_counter()
@@ -296,6 +313,15 @@ def join_group(device: torch.device, silence_seconds: float) -> None:
         timeout=timedelta(seconds=max(60.0, silence_seconds)),
         device_id=device if on_gpu else None,
     )
+
+
+def data_parallel_group(model_parallel_size: int) -> Any:
+    """The process group of this rank with those at its place in other models; None where every rank holds a model. Collective."""
+    if model_parallel_size == 1:
+        return None
+    ranks = range(dist.get_world_size())
+    groups = [dist.new_group(list(ranks[place::model_parallel_size])) for place in range(model_parallel_size)]
+    return groups[dist.get_rank() % model_parallel_size]
 
 
 def _free_port() -> str:
