@@ -171,13 +171,13 @@ def _quality_columns(stage: str) -> list[tuple[Column, Make]]:
 
 def _held_out_column(name: str) -> tuple[Column, Make]:
     before, after = f"held_out_{name}_before", f"held_out_{name}_after"
-    words = f"Held-out {name} before and after training, on rows that are never trained on; {METRICS[after].direction} is better."
+    words = f"Held-out {name} after training, and from what it came, on rows never trained on; {METRICS[after].direction} is better."
 
     def make(result: CellResult) -> TableCell:
         first, last = result.summary(before), metric_cell(result, after)
-        return dataclasses.replace(last, text=f"{number(first.middle)} → {last.text}") if first else last
+        return dataclasses.replace(last, note=f"from {number(first.middle)}{last.note and f'; {last.note}'}") if first else last
 
-    return Column(f"held-out {name}", f"{METRICS[after].unit}, before → after", words, numeric=True), make
+    return Column(f"held-out {name}", METRICS[after].unit, words, numeric=True), make
 
 
 def metric_column(name: str, title: str | None = None) -> tuple[Column, Make]:

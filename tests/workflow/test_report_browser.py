@@ -106,15 +106,28 @@ def first_column(visit: Visit, table: str) -> list[str]:
     return visit.page.locator(f"{table} tbody tr:not(.off) th[scope=row]").all_inner_texts()
 
 
+HELD_OUT = """() => [...document.querySelectorAll("table.results:not(details table)")].flatMap((table) => {
+  const end = table.closest(".sheet").getBoundingClientRect().right;
+  const heads = [...table.querySelectorAll("thead th")].filter((head) => head.textContent.includes("held-out"));
+  return heads.map((head) => [head.querySelector(".head").textContent.trim(), head.getBoundingClientRect().right <= end]);
+})"""
+
+
+def test_what_training_came_to_on_held_out_rows_is_seen_without_scrolling_a_table(browser: Any, pages: dict[str, Path]) -> None:
+    with Visit(browser, pages["emulated"]) as visit:
+        seen = visit.page.evaluate(HELD_OUT)
+    assert {tuple(head) for head in seen} == {(f"held-out {name}", True) for name in ("loss", "accuracy", "margin", "reward", "kl")}
+
+
 def test_tables_sort_by_a_click_both_ways(browser: Any, pages: dict[str, Path]) -> None:
     with Visit(browser, pages["measured"]) as visit:
-        head = visit.page.locator("#sft table.results thead th", has_text="loss tokens/s")
+        head = visit.page.locator("#sft table.results:not(details table) thead th", has_text="loss tokens/s")
         head.locator("button").click()
         assert head.get_attribute("aria-sort") == "ascending"
-        assert first_column(visit, "#sft table.results")[0] == "zero2_cpu"
+        assert first_column(visit, "#sft table.results:not(details table)")[0] == "zero2_cpu"
         head.locator("button").click()
         assert head.get_attribute("aria-sort") == "descending"
-        names = first_column(visit, "#sft table.results")
+        names = first_column(visit, "#sft table.results:not(details table)")
         assert names[0] == "naive"
         assert names[-1] == "hybrid"  # what has no value stays last
 
@@ -122,18 +135,18 @@ def test_tables_sort_by_a_click_both_ways(browser: Any, pages: dict[str, Path]) 
 def test_a_strategy_can_be_hidden_everywhere_and_shown_again(browser: Any, pages: dict[str, Path]) -> None:
     with Visit(browser, pages["emulated"]) as visit:
         button = visit.page.locator("#sft .toggles button", has_text="zero2")
-        assert "zero2" in first_column(visit, "#sft table.results")
+        assert "zero2" in first_column(visit, "#sft table.results:not(details table)")
         button.click()
         assert button.get_attribute("aria-pressed") == "false"
-        assert "zero2" not in first_column(visit, "#sft table.results")
+        assert "zero2" not in first_column(visit, "#sft table.results:not(details table)")
         assert visit.page.locator("#ppo g.curve.off").count() > 0
         button.click()
-        assert "zero2" in first_column(visit, "#sft table.results")
+        assert "zero2" in first_column(visit, "#sft table.results:not(details table)")
 
 
 def test_everything_is_there_without_scripts(browser: Any, pages: dict[str, Path]) -> None:
     with Visit(browser, pages["measured"], java_script_enabled=False) as visit:
-        assert visit.page.locator("#sft table.results tbody tr").count() == 17
+        assert visit.page.locator("#sft table.results:not(details table) tbody tr").count() == 17
         assert not visit.page.locator("#sft .toggles").is_visible()
 
 
