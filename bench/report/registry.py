@@ -172,14 +172,7 @@ class Trial:
 
     def timed(self) -> Window:
         """The window of a job whose ranks are all there; NoValue otherwise."""
-        missing = sorted(set(range(self.cell.world_size)) - {part.rank for part in self.record.parts})
-        if missing:
-            raise NoValue(f"ranks without a part: {', '.join(map(str, missing))}")
-        if self.window is None:
-            raise NoValue("no lap was finished")
-        if any(seconds <= 0 for lap in self.window.seconds_by_lap for seconds in lap):
-            raise NoValue("withheld: a lap took no time, so the clock is wrong")
-        return self.window
+        return _timed(self)
 
     def total(self, unit: str) -> int:
         """Units of the window; NoValue if the laps do not count them, or there are none."""
@@ -221,7 +214,7 @@ class Trial:
     def series(self, name: str) -> list[float]:
         """A series of the job; NoValue if there is none."""
         values = self.lead.series.get(name)
-        if name == "loss" and trained_nothing(self.record):
+        if name == "loss" and _trained_nothing(self):
             raise NoValue(NOTHING_TRAINED)
         if not values:
             raise NoValue(f"no series {name!r}")
@@ -232,11 +225,12 @@ def _one_lap(laps: list[Lap]) -> list[Lap]:
     """The sum of some laps, so that what was counted at all stays known."""
     if not laps:
         return []
-    units = dict.fromkeys(unit for lap in laps for unit in lap.counts)
-    counts = {unit: sum(lap.counts.get(unit, 0) for lap in laps) for unit in units}
-    return [
-        Lap(first_step=laps[0].first_step, steps=sum(lap.steps for lap in laps), seconds=sum(lap.seconds for lap in laps), counts=counts)
-    ]
+    counts: dict[str, int] = {}
+    for lap in laps:
+        for unit, count in lap.counts.items():
+            counts[unit] = counts.get(unit, 0) + count
+    seconds = sum(lap.seconds for lap in laps)
+    return [Lap(first_step=laps[0].first_step, steps=sum(lap.steps for lap in laps), seconds=seconds, counts=dict(counts))]
 
 
 def once(compute: Callable[[Trial], Result]) -> Callable[[Trial], Result]:
@@ -255,6 +249,23 @@ def once(compute: Callable[[Trial], Result]) -> Callable[[Trial], Result]:
         return cast("Result", trial.found[name])
 
     return found
+
+
+@once
+def _timed(trial: Trial) -> Window:
+    missing = sorted(set(range(trial.cell.world_size)) - {part.rank for part in trial.record.parts})
+    if missing:
+        raise NoValue(f"ranks without a part: {', '.join(map(str, missing))}")
+    if trial.window is None:
+        raise NoValue("no lap was finished")
+    if any(min(lap) <= 0 for lap in trial.window.seconds_by_lap):
+        raise NoValue("withheld: a lap took no time, so the clock is wrong")
+    return trial.window
+
+
+@once
+def _trained_nothing(trial: Trial) -> bool:
+    return trained_nothing(trial.record)
 
 
 Gate = Callable[[Trial], Iterable[str]]

@@ -43,6 +43,8 @@ class Window:
     steps_by_lap: tuple[int, ...]
     seconds_by_lap: tuple[tuple[float, ...], ...]
     """Seconds of each lap on each rank."""
+    seconds_by_rank: tuple[float, ...]
+    """Seconds of each rank over the window."""
     counts: dict[str, int]
     """Units over all laps and data-parallel ranks; a unit that a lap lacks is left out."""
     phases: dict[str, float]
@@ -55,11 +57,6 @@ class Window:
     """Null where there are fewer than four laps to test."""
     indicative: str | None
     """Why it is too short to publish, or None."""
-
-    @property
-    def seconds_by_rank(self) -> tuple[float, ...]:
-        """Seconds of each rank over the window."""
-        return tuple(map(sum, zip(*self.seconds_by_lap, strict=True)))
 
     @property
     def elapsed(self) -> float:
@@ -117,14 +114,23 @@ def cut_window(laps: Sequence[JobLap], stage: str) -> Window | None:
     dropped, steady = next((choice for choice in choices if choice[1] is not False), (floor, False))
     kept = laps[dropped:]
     names = dict.fromkeys(name for lap in kept for name in lap.phases)
-    units = [unit for unit in kept[0].counts if all(unit in lap.counts for lap in kept)]
+    seconds = tuple(lap.seconds_by_rank for lap in kept)
     return Window(
-        steps_by_lap=tuple(lap.steps for lap in kept), seconds_by_lap=tuple(lap.seconds_by_rank for lap in kept),
-        counts={unit: sum(lap.counts[unit] for lap in kept) for unit in units},
+        steps_by_lap=tuple(lap.steps for lap in kept), seconds_by_lap=seconds,
+        seconds_by_rank=tuple(map(sum, zip(*seconds, strict=True))), counts=summed_counts(kept),
         phases={name: sum(lap.phases.get(name, 0.0) for lap in kept) for name in names},
         phase_share=max((sum(lap.phases.values()) / lap.seconds for lap in kept if lap.seconds > 0), default=0.0),
         dropped=dropped, steady=steady, indicative=_why_indicative(kept, floor, stage),
     )  # fmt: skip
+
+
+def summed_counts(laps: Sequence[JobLap | Lap]) -> dict[str, int]:
+    """Units over some laps; one that a lap lacks is left out."""
+    found = dict(laps[0].counts)
+    for lap in laps[1:]:
+        counts = lap.counts
+        found = {unit: total + counts[unit] for unit, total in found.items() if unit in counts}
+    return found
 
 
 def _why_indicative(laps: Sequence[JobLap], floor: int, stage: str) -> str | None:
