@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import math
 from contextlib import contextmanager
 
@@ -178,12 +179,15 @@ def test_the_heartbeat_says_phase_and_step(root, tmp_path):
     heart = worker.Heartbeat(tmp_path / "heartbeat0.json")
     heart.enter("train", 5)
     assert json.loads((tmp_path / "heartbeat0.json").read_text()) == {"phase": "train", "step": 5}
-    before = (tmp_path / "heartbeat0.json").stat().st_ino
+    os.utime(tmp_path / "heartbeat0.json", (1, 1))
     heart.beat()
-    assert (tmp_path / "heartbeat0.json").stat().st_ino == before
+    assert (tmp_path / "heartbeat0.json").stat().st_mtime == 1
     heart._last -= worker.BEAT_SECONDS
     heart.beat()
-    assert (tmp_path / "heartbeat0.json").stat().st_ino != before
+    assert (tmp_path / "heartbeat0.json").stat().st_mtime > 1
+    heart.enter("save", 12_345)
+    heart.enter("done", 1)
+    assert json.loads((tmp_path / "heartbeat0.json").read_text()) == {"phase": "done", "step": 1}, "nothing is left of a longer beat"
 
 
 def test_a_finished_trial_left_a_last_beat(root):
