@@ -243,9 +243,14 @@ def _load(adapter: TypeAdapter[Any], path: Path, what: str) -> Any:
     except OSError as error:
         raise RecordError(f"{path}: cannot be read: {error.strerror}") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "(file)"
-        raise RecordError(f"{path}: not a {what}; at {where}: {first['msg']}; seen: {str(first['input'])[:200]!r}") from None
+        raise RecordError(f"{path}: not a {what}; {first_problem(error)}") from None
+
+
+def first_problem(error: ValidationError) -> str:
+    """Where the content of a file is first wrong, how, and what was seen there."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"]) or "(file)"
+    return f"at {where}: {first['msg']}; seen: {str(first['input'])[:200]!r}"
 
 
 def write_json(content: Any, path: Path) -> None:

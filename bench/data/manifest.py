@@ -16,7 +16,7 @@ from bench.data.download import writing
 from bench.data.formats import Kind, Rejected, check_share, parsed_rows
 from bench.data.sources import Source
 from bench.errors import DataError
-from bench.record import Input, Sha256, write_json
+from bench.record import Input, Sha256, first_problem, write_json
 
 LISTED_REJECTED = 100
 
@@ -125,9 +125,7 @@ def load_manifest(path: Path) -> Manifest:
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}; `coati-bench data fetch NAME` writes it") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "(file)"
-        raise DataError(f"{path}: not a data manifest; at {where}: {first['msg']}; seen: {str(first['input'])[:100]!r}") from None
+        raise DataError(f"{path}: not a data manifest; {first_problem(error)}") from None
 
 
 def manifest_schema() -> str:
