@@ -183,7 +183,7 @@ def parameter_count(name: str) -> int | None:
     >>> parameter_count("bloom-560m"), parameter_count("llama-7b"), parameter_count("org/unknown")
     (559214592, 6738415616, None)
     """
-    config = _numbers(name)
+    config = config_numbers(name)
     count = _COUNTS.get(str(config.get("model_type")))
     try:
         return count(config) if count else None
@@ -197,11 +197,11 @@ def vocabulary_size(name: str) -> int | None:
     >>> vocabulary_size("bloom-560m"), vocabulary_size("bloom-tiny"), vocabulary_size("org/unknown")
     (250880, 4096, None)
     """
-    size = _numbers(name).get("vocab_size")
+    size = config_numbers(name).get("vocab_size")
     return size if isinstance(size, int) else None
 
 
-def _numbers(name: str) -> dict[str, Any]:
+def config_numbers(name: str) -> dict[str, Any]:
     """The configuration of a preset or of a model folder; empty where there is none to be read."""
     if preset := PRESETS.get(name):
         return {**preset.config, "model_type": preset.model_type}

@@ -52,8 +52,22 @@ class Place:
     device: torch.device
     rank: int
     world_size: int
+    model_parallel_size: int = 1
+    """Consecutive ranks that hold one model between them and see the same sequences."""
+    group: Any = None
+    """Process group of one rank from each of those groups, so that every sequence counts once in it; null is all ranks."""
     beat: Callable[[], None] = field(default=lambda: None)
     """Call it now and then in long phases: it renews the heartbeat."""
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of the sequences this rank sees, of `data_ranks`."""
+        return self.rank // self.model_parallel_size
+
+    @property
+    def data_ranks(self) -> int:
+        """Shares that sequences are cut into."""
+        return self.world_size // self.model_parallel_size
 
 
 @dataclass(slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What every stage needs of the whole job: sums and rows over ranks, and the rows that it trains and is judged on.
+"""What every stage needs of the whole job: sums and rows over data-parallel ranks, and the rows that it trains and is judged on.
 
 Shapes: N rows of the job, n rows of this rank.
 """
@@ -19,34 +19,34 @@ from bench.trial import Trial
 
 
 def sum_over_ranks(values: Tensor, place: Place) -> Tensor:
-    """Sum of `values` over the ranks, the same on each of them. Collective."""
-    if place.world_size > 1:
-        dist.all_reduce(values, op=dist.ReduceOp.SUM)
+    """Sum of `values` over the data-parallel ranks, the same on each of them. Collective."""
+    if place.data_ranks > 1:
+        dist.all_reduce(values, op=dist.ReduceOp.SUM, group=place.group)
     return values
 
 
 def max_over_ranks(values: Tensor, place: Place) -> Tensor:
-    """Largest of `values` over the ranks. Collective."""
-    if place.world_size > 1:
-        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    """Largest of `values` over the data-parallel ranks. Collective."""
+    if place.data_ranks > 1:
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=place.group)
     return values
 
 
 def agreed(flag: Tensor, place: Place) -> bool:
     """Whether `flag` is true on every rank. Collective; the host waits for the device."""
-    if place.world_size == 1:
+    if place.data_ranks == 1:
         return bool(flag)
     votes = flag.to(torch.int32)
-    dist.all_reduce(votes, op=dist.ReduceOp.MIN)
+    dist.all_reduce(votes, op=dist.ReduceOp.MIN, group=place.group)
     return bool(votes)
 
 
 def gather_rows(rows_n: Tensor, place: Place) -> Tensor:
-    """Rows of all ranks in the order of the ranks; every rank has as many. Collective."""
-    if place.world_size == 1:
+    """Rows of all data-parallel ranks in their order; every rank has as many. Collective."""
+    if place.data_ranks == 1:
         return rows_n
-    parts = [torch.empty_like(rows_n) for _ in range(place.world_size)]
-    dist.all_gather(parts, rows_n.contiguous())
+    parts = [torch.empty_like(rows_n) for _ in range(place.data_ranks)]
+    dist.all_gather(parts, rows_n.contiguous(), group=place.group)
     return torch.cat(parts)
 
 

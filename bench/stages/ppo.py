@@ -145,10 +145,10 @@ class Ppo:
         self._trial, self._place, self._cell = trial, place, trial.parsed_cell
         settings = self._settings = self._cell.settings
         self.total = settings.iterations
-        scale = place.world_size if settings.scaling == "weak" else 1
+        scale = place.data_ranks if settings.scaling == "weak" else 1
         self._num_prompts = settings.prompts_per_iteration * scale  # (21)
-        check_batches(self._cell, self._num_prompts, place.world_size)
-        self._own = self._num_prompts // place.world_size
+        check_batches(self._cell, self._num_prompts, place.data_ranks)
+        self._own = self._num_prompts // place.data_ranks
         self._steps = settings.ppo_epochs * (self._num_prompts // self._cell.step_batch)
         self._tokenizer = build_tokenizer(trial)
         self._fill = collate.padding_id(self._tokenizer)
@@ -188,7 +188,7 @@ class Ppo:
         """One iteration: rollout, score, learn."""
         place, clock = self._place, self._clock
         clock.start()
-        slots = range(place.rank * self._own, (place.rank + 1) * self._own)
+        slots = range(place.data_rank * self._own, (place.data_rank + 1) * self._own)
         rows = self._order.rows(index)
         prompts = [self._prompts[rows[slot]] for slot in slots]
         keys_nR = noise_keys(self._trial.seed, f"iteration:{index}", slots, self._settings.response_length)  # (24)
@@ -269,7 +269,7 @@ class Ppo:
         place, settings = self._place, self._settings
         coati = "ppo-sequence-reward-without-gae" in self._cell.semantics_switches
         weights_GR = loss_weights(experience.response_mask_NR[self._index(rows)], by_sequence=coati)
-        mine = collate.micro_steps(range(len(rows)), rank=place.rank, world=place.world_size, micro=settings.micro_batch)
+        mine = collate.micro_steps(range(len(rows)), rank=place.data_rank, world=place.data_ranks, micro=settings.micro_batch)
         micros = [(experience.rows(self._index([rows[i] for i in part])), weights_GR[self._index(part)]) for part in mine]
         rate, critic_rate = self._set_rates(number)
         with self._clock.phase("policy_learn"):
@@ -339,14 +339,14 @@ class Ppo:
         place, prompts = self._place, self._held_out
         totals = torch.zeros(3, dtype=torch.float64, device=place.device)
         self._train_mode(False)
-        for rows, weights in collate.held_out_steps(len(prompts), rank=place.rank, world=place.world_size, micro=self._own):
+        for rows, weights in collate.held_out_steps(len(prompts), rank=place.data_rank, world=place.data_ranks, micro=self._own):
             keys_nR = noise_keys(self._settings.base_seed, "held-out", rows, self._settings.response_length)
             rollout = self._roll_out([prompts[row] for row in rows], keys_nR)
             scored = self._score(rollout)
             mask_nR = rollout.response_mask_BR * torch.tensor(weights, device=place.device).unsqueeze(1)
             kl = (k3(scored.logp_nR, scored.reference_logp_nR) * mask_nR).sum()
             totals += torch.stack([(scored.reward_n * mask_nR[:, 0]).sum(), kl, mask_nR.sum()])
-            if 0 in rows and place.rank == 0:
+            if 0 in rows and place.data_rank == 0:
                 self.facts["samples"] = self._samples(rollout, scored)
         self._train_mode(True)
         reward, kl, tokens = sum_over_ranks(totals, place).tolist()
@@ -394,7 +394,7 @@ class PtxRows:
         """Yield the micro-batches of this rank in a step of as many rows as PPO has sequences, and what their losses are divided by."""
         place, rows = self._place, self._order.rows(step)
         step_tokens = max(1, sum(self._sequences[row].loss_tokens for row in rows))
-        micros = collate.micro_steps(rows, rank=place.rank, world=place.world_size, micro=self._cell.settings.micro_batch)
+        micros = collate.micro_steps(rows, rank=place.data_rank, world=place.data_ranks, micro=self._cell.settings.micro_batch)
         for members in micros:
             batch = sft.collate_batch([self._sequences[row] for row in members], self._fill, place.device)
             sft.count(self._work, batch)

@@ -5,7 +5,7 @@ Shapes: B sequences, T positions, V vocabulary.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -21,7 +21,11 @@ class Reader(NamedTuple):
     places: bool
     """Whether it takes position ids; they count real tokens only, so that padding in front shifts nothing."""
 
+    def inputs(self, ids_BT: Tensor, mask_BT: Tensor) -> dict[str, Any]:
+        """Arguments of the module's forward pass without a KV cache."""
+        places = {"position_ids": position_ids(mask_BT)} if self.places else {}
+        return {"input_ids": ids_BT, "attention_mask": mask_BT, "use_cache": False, **places}
+
     def logits(self, ids_BT: Tensor, mask_BT: Tensor, window: slice | Tensor) -> Tensor:
         """The logits at `window` (see `HeadWindow.positions`); the head computes no others."""
-        places = {"position_ids": position_ids(mask_BT)} if self.places else {}
-        return self.window.logits(self.module, window, input_ids=ids_BT, attention_mask=mask_BT, use_cache=False, **places)
+        return self.window.logits(self.module, window, **self.inputs(ids_BT, mask_BT))

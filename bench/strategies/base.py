@@ -74,6 +74,23 @@ class Engine(ABC):
         restore(state, self.module, self._optimizer)
 
 
+class PipelinedEngine(Engine):
+    """An engine whose ranks hold a run of layers each, so that no single call of `module` is a whole forward pass."""
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:  # noqa: ARG002
+        """`run` does it."""
+        raise AssertionError("a pipelined engine runs whole steps")
+
+    @abstractmethod
+    def run(self, inputs: dict[str, Any], rows: int, losses: Callable[[Any, int], torch.Tensor], *, values: int = 1) -> torch.Tensor:
+        """Forward passes of micro-batches of `rows` sequences through all stages and, with gradients enabled, their backward passes.
+
+        `inputs` are the module's arguments for all micro-batches together. `losses(output, index)` runs on the last stage: a vector of
+        `values` numbers, of which the first is the global loss that is differentiated. Returns the sum over the micro-batches, detached,
+        on every rank. A training step is one call. Collective over the ranks that hold one model.
+        """
+
+
 class Strategy(ABC):
     """How model and optimizer state lie over ranks."""
 
@@ -90,6 +107,8 @@ class Strategy(ABC):
     """What lies in host memory between its uses, and so takes none of the device's: parameters, gradients, optimizer."""
     requires: ClassVar[tuple[Requirement, ...]] = ()
     """Packages and versions without which no cell can run."""
+    model_parallel: ClassVar[bool] = False
+    """Whether it splits one model over ranks that see the same sequences (settings `tensor_parallel`, `pipeline_parallel`)."""
     resumable: ClassVar[bool] = True
     """Whether its engines can save their training state and go on from it (setting `save_every`)."""
 
@@ -99,6 +118,8 @@ class Strategy(ABC):
             return missing
         if cell.settings.precision not in self.precisions:
             return f"{self.name} does not offer precision {cell.settings.precision}; it offers {', '.join(sorted(self.precisions))}"
+        if cell.model_parallel_size > 1 and not self.model_parallel:
+            return f"{self.name} splits no model over ranks; tensor_parallel and pipeline_parallel are for hybrid"
         if cell.settings.save_every is not None and not self.resumable:
             return f"{self.name} cannot save its training state; `save_every: null` would be right"
         return None

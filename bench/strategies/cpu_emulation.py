@@ -49,7 +49,7 @@ def _makes_stream(*_: Any, **__: Any) -> _NoStream:
 
 
 def install() -> None:
-    """Let ZeRO run on this rank's CPU. Installing twice changes nothing."""
+    """Let ZeRO and hybrid parallelism run on this rank's CPU. Installing twice changes nothing."""
     import torch
     from colossalai.accelerator import set_accelerator
     from colossalai.accelerator.cpu_accelerator import CpuAccelerator
@@ -67,11 +67,15 @@ def install() -> None:
         "device_count": _returns(1),
         "current_device": _returns(torch.device("cpu")),
         "get_rng_state": lambda *_, **__: torch.get_rng_state(),
+        "set_rng_state": lambda _, state, *__, **___: torch.set_rng_state(state),
+        "manual_seed": lambda _, seed: torch.manual_seed(seed),
     }
     for name, stand_in in stand_ins.items():
         setattr(CpuAccelerator, name, stand_in)
     LowLevelZeroOptimizer._sanity_checks = _returns(None)
     torch.Tensor.record_stream = _returns(None)  # type: ignore[method-assign]
+    torch.cuda.set_device = _returns(None)  # GPT-2's stages of a pipeline call it
+    torch.distributed.is_hccl_available = _returns(False)  # type: ignore[attr-defined]  # asked for by the pipeline's point-to-point calls
     set_accelerator("cpu")
 
 

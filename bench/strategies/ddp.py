@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bench.cell import Cell
 from bench.strategies.base import Engine, Strategy
@@ -24,18 +24,26 @@ class DdpEngine(ReplicatedEngine):
         super().__init__(module, cell, learning_rate=learning_rate)
         devices = [device] if device.type == "cuda" else None
         self._ddp = DistributedDataParallel(module, device_ids=devices, gradient_as_bucket_view=True)
-        # As inside `no_sync()`, for every forward pass: whether a micro-step is the last is known only at its backward pass.
-        self._ddp.require_backward_grad_sync = self._ddp.require_forward_param_sync = False
+        defer_reduction(self._ddp)
         self.module = self._ddp
         self._ranks = dist.get_world_size()
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """See `Engine.backward`. Only the last micro-step synchronises; DDP averages, so the loss is multiplied by the ranks."""
         if last:
-            # What DDP's forward does outside `no_sync()`: arm the hooks that reduce each bucket as it fills.
-            self._ddp.reducer.prepare_for_forward()
-            self._ddp.reducer.prepare_for_backward([])
+            arm_reduction(self._ddp)
         super().backward(loss * self._ranks, last=last)
+
+
+def defer_reduction(ddp: Any) -> None:
+    """As inside `no_sync()`, for every forward pass: whether a micro-step is the last is known only at its backward pass."""
+    ddp.require_backward_grad_sync = ddp.require_forward_param_sync = False
+
+
+def arm_reduction(ddp: Any) -> None:
+    """What DDP's forward does outside `no_sync()`: arm the hooks that reduce each bucket as it fills."""
+    ddp.reducer.prepare_for_forward()
+    ddp.reducer.prepare_for_backward([])
 
 
 class Ddp(Strategy):

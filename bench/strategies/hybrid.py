@@ -1,0 +1,105 @@
+"""hybrid: ColossalAI's HybridParallelPlugin. Layers in slices (`tensor_parallel`), in runs (`pipeline_parallel`), the rest data parallel.
+
+With both degrees 1 it is DDP behind Shardformer. What is read only (PPO's reference and reward model) stays whole on every rank.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from bench.cell import Cell
+from bench.models.presets import config_numbers
+from bench.strategies.base import Engine, Strategy
+from bench.strategies.colossal import INITIAL_LOSS_SCALE, PLUGIN_PRECISION, start_colossalai
+from bench.strategies.precision import optimizer_problem
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+class Hybrid(Strategy):
+    """HybridParallelPlugin without ZeRO."""
+
+    name = "hybrid"
+    precisions = frozenset({"fp32", "bf16-master", "fp16-master"})
+    description = "ColossalAI HybridParallel: tensor, pipeline and data parallel"
+    uses_colossalai = True
+    model_parallel = True
+
+    def unsupported(self, cell: Cell) -> str | None:
+        """See `Strategy.unsupported`. Words in backquotes are what ColossalAI 0.5.0 says where it is tried all the same."""
+        return (
+            super().unsupported(cell)
+            or optimizer_problem(cell)
+            or _architecture_problem(cell)
+            or _tensor_problem(cell)
+            or _pipeline_problem(cell)
+        )
+
+    def start(self, cell: Cell, device: torch.device) -> None:  # noqa: ARG002
+        """See `Strategy.start`."""
+        start_colossalai(device)
+
+    def prepare(self, module: nn.Module, cell: Cell, device: torch.device, *, learning_rate: float) -> Engine:  # noqa: ARG002
+        """See `Strategy.prepare`. ColossalAI itself places the model on this rank's device."""
+        from bench.strategies.hybrid_engine import HybridEngine, HybridPipelineEngine
+
+        kind = HybridEngine if cell.settings.pipeline_parallel == 1 else HybridPipelineEngine
+        return kind(module, cell, _plugin(module, cell), learning_rate=learning_rate)
+
+
+def _architecture_problem(cell: Cell) -> str | None:
+    family = config_numbers(cell.model).get("model_type")
+    if family == "opt":
+        return "ColossalAI has no policy for OPT with transformers' default attention: `KeyError: 'sdpa'`"
+    if family == "gpt2" and cell.stage == "sft" and cell.settings.pipeline_parallel > 1:
+        return "ColossalAI's pipeline for GPT-2's language-model head needs labels and computes a loss of its own: `UnboundLocalError`"
+    return None
+
+
+def _tensor_problem(cell: Cell) -> str | None:
+    ranks, numbers = cell.settings.tensor_parallel, config_numbers(cell.model)
+    if ranks > 1 and cell.lora_rank:
+        return "tensor parallelism takes no LoRA: Shardformer replaces the layers that carry adapters, and the adapters are gone"
+    for name in ("n_head", "num_attention_heads", "num_key_value_heads"):
+        if numbers.get(name, ranks) % ranks:
+            return f"tensor_parallel {ranks} cuts through the heads of {cell.model}: {name} is {numbers[name]}; `heads must be divisible`"
+    return None
+
+
+def _pipeline_problem(cell: Cell) -> str | None:
+    stages, numbers = cell.settings.pipeline_parallel, config_numbers(cell.model)
+    if stages == 1:
+        return None
+    layers = numbers.get("n_layer") or numbers.get("num_hidden_layers") or stages
+    if layers < stages:
+        return f"pipeline_parallel {stages} is more than {cell.model} has layers: {layers}"
+    if cell.stage == "ppo":
+        return "PPO's rollouts need a KV cache, which ColossalAI's pipelines have not; tensor_parallel has"
+    if cell.accumulation < stages:
+        return (
+            f"{cell.accumulation} micro-steps do not fill {stages} stages: `Number of microbatch should be larger than number of stages`; "
+            f"a global_batch of {stages} x micro_batch x data-parallel ranks or more would be right"
+        )
+    return None
+
+
+def _plugin(module: nn.Module, cell: Cell) -> Any:
+    """A fresh HybridParallelPlugin; a plugin serves one model."""
+    from colossalai.booster.plugin import HybridParallelPlugin
+
+    from bench.strategies.hybrid_policy import policy_of
+
+    settings = cell.settings
+    return HybridParallelPlugin(
+        tp_size=settings.tensor_parallel,
+        pp_size=settings.pipeline_parallel,
+        precision=PLUGIN_PRECISION[settings.precision],
+        max_norm=settings.clip_norm or math.inf,
+        initial_scale=INITIAL_LOSS_SCALE,
+        microbatch_size=settings.micro_batch,
+        parallel_output=False,
+        custom_policy=policy_of(module),
+    )
