@@ -144,6 +144,11 @@ class Analysis:
     reference_suites: frozenset[str] = frozenset()
     """Names of the suites that there are stored records of."""
 
+    @property
+    def given(self) -> Given:
+        """What the report was told beside the records."""
+        return next((trial.given for trial in self.trials.values()), NOTHING)
+
     def of_stage(self, stage: str) -> tuple[CellResult, ...]:
         """The cells of a stage, in the order of its table."""
         return tuple(result for result in self.results if result.cell.stage == stage)

@@ -6,6 +6,7 @@ import sys
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from bench.measure import physics
 from bench.report import bands, parity, statistics, windows
 from bench.report.metrics import METRICS, Metric, primary_metric
 from bench.stages.base import SPECS
@@ -20,11 +21,15 @@ def metrics_page() -> str:
         trim_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"percent": lambda share: f"{share:.0%}", "power": lambda value: f"{value:.0e}".replace("e-0", "e-")}
+    environment.filters |= {
+        "percent": lambda share: f"{share:.0%}",
+        "excess": lambda factor: f"{factor - 1:.0%}",
+        "power": lambda value: f"{value:.0e}".replace("e-0", "e-"),
+    }
     primary = ", ".join(f"`{primary_metric(stage)}` ({stage})" for stage in SPECS)
     free = ", ".join(f"`{name}`" for name in parity.SAME_LOSS[3:])
     text = environment.get_template("metrics.md").render(
-        windows=windows, parity=parity, bands=bands, statistics=statistics, primary=primary, free=free, groups=_groups()
+        windows=windows, physics=physics, parity=parity, bands=bands, statistics=statistics, primary=primary, free=free, groups=_groups()
     )
     return text.rstrip("\n") + "\n"
 

@@ -44,6 +44,7 @@ def sentences(analysis: Analysis) -> list[str]:
         _what_ran(analysis),
         *_idle(analysis),
         _whether_losses_agree(analysis),
+        *_impossible(analysis),
         *_bands(analysis),
         *_speed(analysis),
         *_quality(analysis),
@@ -73,6 +74,15 @@ def _idle(analysis: Analysis) -> Iterator[str]:
         stages = listed([SPECS[stage].title for stage in SPECS if any(cell.stage == stage for cell in idle)])
         what = counted(len(idle), "trial that ended ok", "trials that ended ok")
         yield f"{what} trained nothing ({stages}): no token carried loss, so their losses say nothing and they are struck."
+
+
+def _impossible(analysis: Analysis) -> Iterator[str]:
+    """What physics speaks against."""
+    trials = [trial for result in analysis.results for trial in result.ok if trial.impossible]
+    if trials:
+        which = listed(sorted({trial.cell.strategy for trial in trials}))
+        what = counted(len(trials), "trial has", "trials have")
+        yield f"{what} numbers that cannot be true ({which}): {trials[0].impossible[0]}. They are withheld, and the rows are struck."
 
 
 def parity_states(analysis: Analysis) -> Counter[str]:

@@ -7,13 +7,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from bench.cell import Cell
+from bench.measure.devices import DeviceRow
 from bench.record import Record
 from bench.report.analysis import Analysis, CellResult
 from bench.report.detail_tables import Detail, detail_tables
+from bench.report.device import measured_on
 from bench.report.headline import Answer, Tile, answers, sentences, tiles
 from bench.report.inventory import BadFile
 from bench.report.plots import Figure, stage_figures, style_of
 from bench.report.provenance import DataSet, Fact, data_sets, provenance_facts, run_facts, without_paths
+from bench.report.registry import Given, NoValue
 from bench.report.tables import Table, cell_words, stage_table
 from bench.report.text import counted, first_line, lora, shape
 from bench.stages.base import SPECS
@@ -126,11 +129,20 @@ def make_page(analysis: Analysis) -> Page:
         skipped=tuple(_notices(skipped)),
         missing=tuple(f"{cell_words(item.cell)} · trial {item.trial}" for item in inventory.missing),
         bad_files=tuple(BadFile(item.file, without_paths(item.problem)) for item in inventory.bad_files),
-        run=tuple(run_facts(inventory)) if inventory.rows else (),
+        run=(*run_facts(inventory), *_given(analysis.given)) if inventory.rows else (),
         provenance=tuple(provenance_facts(inventory)),
         data=tuple(data_sets(inventory.rows)),
         strategies=tuple((name, style_of(name, analysis)) for name in analysis.strategies),
     )
+
+
+def _given(given: Given) -> Iterable[Fact]:
+    """What the report was told beside the records."""
+    if given.price is not None:
+        yield Fact("price of a device-hour", f"{given.price:g}")
+    for name, rates in sorted(given.ceilings.items()):
+        measured = ", ".join(f"{dtype} {rate / 1e12:.1f} TFLOP/s" for dtype, rate in sorted(rates.items()))
+        yield Fact(f"matrix products of {name}", f"{measured} (doctor --bench)")
 
 
 def _struck(analysis: Analysis) -> Iterable[tuple[str, str]]:
@@ -204,9 +216,19 @@ def _notes(results: Iterable[CellResult]) -> Iterable[str]:
             found[f"Not finite in some steps, which ended no trial: {name}."] += 1
         if result.parity and result.parity.state == "no partner":
             found[f"Not compared: {result.parity.reason}."] += 1
+        if device := known_device(result):
+            found[f"{device.name}: {device.note}."] += bool(device.note)
         if result.indicative and result.clock_problem is None:
             found[f"Indicative: {result.indicative}."] += 1
-    return [f"{text} ({counted(count, 'cell')})" for text, count in found.items()]
+    return [f"{text} ({counted(count, 'cell')})" for text, count in found.items() if count]
+
+
+def known_device(result: CellResult) -> DeviceRow | None:
+    """The data sheet's row of a cell's device, or None."""
+    try:
+        return measured_on(result.ok[0]) if result.ok else None
+    except NoValue:
+        return None
 
 
 def _never_finite(result: CellResult) -> list[str]:

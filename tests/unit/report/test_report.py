@@ -331,3 +331,23 @@ def test_every_metric_of_a_table_is_one() -> None:
     names = [name for group in GROUPS.values() for name in group]
     assert len(names) == len(set(names))
     assert set(names) <= set(METRICS)
+
+
+def test_impossible_rows_and_what_the_report_was_told_stand_in_it(tmp_path: Path) -> None:
+    cells = [make_cell("sft", name, device="cuda", model="bloom-560m", precision="bf16-master", steps=50) for name in ("naive", "ddp")]
+    records = [make_record(cells[0], seconds=0.5), make_record(cells[1], seconds=0.001)]
+    root = suite_folder(tmp_path, records)
+    (tmp_path / "ceilings.json").write_text(json.dumps({"device": "NVIDIA H100 80GB HBM3", "matrix_flops_per_second": {"bf16": 7.1e14}}))
+    text = text_of(report(root, tmp_path / "out", price=2.5))
+    assert "1 trial has numbers that cannot be true (ddp): MFU above 100 %" in text
+    assert "price of a device-hour 2.5" in text
+    assert "matrix products of NVIDIA H100 80GB HBM3 bf16 710.0 TFLOP/s (doctor --bench)" in text
+    assert "vs attainable" in text
+
+
+def test_a_lowered_power_limit_is_told(tmp_path: Path) -> None:
+    record = make_record(make_cell("sft", device="cuda", steps=50))
+    card = {"name": "NVIDIA H100 80GB HBM3", "power_limit_watts": 350.0, "memory_bytes": 80 << 30}
+    low = dataclasses.replace(record, provenance={**record.provenance, "machines": [{"devices": [card]}]})
+    text = text_of(report(suite_folder(tmp_path, [low]), tmp_path / "out"))
+    assert "NVIDIA H100 80GB HBM3: power limit 350 W; the peaks hold at 700 W. (1 cell)" in text
