@@ -10,7 +10,7 @@ from bench.record import Part
 from bench.strategies.base import all_strategies
 from tests.trials import only, run_forked, tiny_cell, tiny_trial
 
-STRATEGIES = ["fsdp"]
+STRATEGIES = ["deepspeed_zero2", "deepspeed_zero3", "fsdp"]
 SIZES = {
     "sft": {"steps": 4, "global_batch": 8, "sequence_length": 64, "learning_rate": 1e-2},
     "rm": {"steps": 4, "global_batch": 8, "sequence_length": 64, "learning_rate": 5e-3},
