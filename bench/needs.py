@@ -10,7 +10,8 @@ The theory counts weights, gradients and optimizer states, in the bytes of the p
     fp16-master     2        2          12
 
 Frozen weights (a base under LoRA, PPO's reference policy and reward model) have neither gradients nor states. What a
-strategy shards (`Strategy.sharded`) is divided by the ranks, rounded up. Not counted: activations, logits, communication
+strategy shards (`Strategy.sharded`) is divided by the data-parallel ranks, rounded up; tensor- and pipeline-parallel ranks hold
+equal parts of what trains. What lies in host memory (`Strategy.offloaded`) counts all the same. Not counted: activations, logits, communication
 buffers, the fp32 copy of 16-bit gradients that lives during `step()`, and the driver's context; a measured peak lies above the
 theory by these. Source of the bytes: Rajbhandari et al. 2020, ZeRO, arXiv:1910.02054, section 3.1.
 """
@@ -76,8 +77,12 @@ def needs(cell: Cell) -> Needs | None:
 def model_states(model: Network, cell: Cell, sharded: frozenset[str]) -> tuple[int, int, int]:
     """Bytes of weights, gradients and optimizer states of one model on one rank."""
     precision, trainable = cell.settings.precision, model.trainable
-    own = {what: _share(trainable, cell.world_size if what in sharded else 1) for what in ("parameters", "gradients", "optimizer")}
-    frozen = _share(model.parameters - trainable, cell.world_size if "frozen" in sharded else 1)
+    slices = 1 if model.frozen else cell.model_parallel_size
+    ways = {
+        what: slices * (cell.data_parallel_size if what in sharded else 1) for what in ("parameters", "gradients", "optimizer", "frozen")
+    }
+    own = {what: _share(trainable, ways[what]) for what in ("parameters", "gradients", "optimizer")}
+    frozen = _share(model.parameters - trainable, ways["frozen"])
     weights = (frozen + own["parameters"]) * WEIGHT_BYTES[precision]
     return weights, own["gradients"] * WEIGHT_BYTES[precision], own["optimizer"] * OPTIMIZER_BYTES[precision]
 
