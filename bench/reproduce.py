@@ -21,7 +21,8 @@ def reproduce(record: Path, *, anyway: bool = False, results: Path = Path("resul
     old = load_record(record)
     rebuilt = rebuild(old, record, results)
     if rebuilt.trial is None:
-        raise UserError(_refusal(f"{record}: cannot be run again; missing here:", rebuilt.missing))
+        other = ("besides, not the same here:", *(f"  {item}" for item in rebuilt.differences)) if rebuilt.differences else ()
+        raise UserError(_refusal(f"{record}: cannot be run again; missing here:", rebuilt.missing, other))
     if rebuilt.differences and not anyway:
         hint = ("the same would be right; --anyway runs it under these conditions",)
         raise UserError(_refusal(f"{record}: not the same here; seen:", rebuilt.differences, hint))

@@ -62,7 +62,10 @@ def rebuild(record: Record, path: Path, results: Path) -> Rebuilt:
     Raises RecordError if the record's cell cannot run under this version at all.
     """
     cell, found = _cell(record, path), _Findings()
+    if cell.cell_id != record.cell_id:
+        found.differences.append(f"cell: {record.cell_id} recorded, its settings here are those of {cell.cell_id}")
     _compare_place(record, cell, found)
+    of_place = len(found.differences)
     inputs = {item.name: item for item in record.inputs}
     data = [_data(inputs[name], found) if name in inputs else None for name in cell_data(cell)]
     found.missing += [f"data {name}: the record does not name it" for name in cell_data(cell) if name not in inputs]
@@ -74,7 +77,7 @@ def rebuild(record: Record, path: Path, results: Path) -> Rebuilt:
         cell, record.trial, data=[item for item in data if item], starts=[item for item in starts if item],
         work=str(results / FOLDER / cell.cell_id), limits=_limits(path),
     )  # fmt: skip
-    if trial.fingerprint != record.fingerprint and not found.differences:
+    if trial.fingerprint != record.fingerprint and len(found.differences) == of_place:
         found.differences.append(f"fingerprint: {record.fingerprint[:DIGITS]} recorded, {trial.fingerprint[:DIGITS]} here")
     return Rebuilt(trial=trial, differences=tuple(found.differences), missing=())
 
@@ -95,8 +98,11 @@ def run_again(trial: Trial, results: Path) -> tuple[int, Path]:
 def _cell(record: Record, path: Path) -> Cell:
     try:
         cell = record.parsed_cell
-    except (KeyError, ValidationError) as error:
-        raise RecordError(f"{path}: its cell is none that this version knows: {error}") from None
+    except KeyError:
+        raise RecordError(f"{path}: its cell is none that this version knows; seen: stage {record.cell.get('stage')!r}") from None
+    except ValidationError as error:
+        mistakes = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        raise RecordError(f"{path}: its cell is none that this version knows; seen: {mistakes}") from None
     if cell.strategy not in all_strategies():
         raise RecordError(
             f"{path}: its strategy is none that this version has; seen: {cell.strategy}; one of {', '.join(all_strategies())}"

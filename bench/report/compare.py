@@ -115,6 +115,9 @@ def compare(
     from bench.report.compare_text import changes_text
     from bench.report.junit import junit_text
 
+    for path in (markdown, junit):
+        if path is not None and path.is_dir():
+            raise UserError(f"{path}: cannot be written; seen: a folder; the name of a file would be right")
     changes = compare_sets(baseline, candidate)
     if changes.differences and not allow_differences:
         raise UserError(_refusal(changes))

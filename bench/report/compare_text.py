@@ -17,6 +17,8 @@ LEGEND = (
 )
 SHARE = COST_SHARE
 """Change of step time or memory that is marked: the reference band."""
+MOST_BAD = 20
+"""Files that are no records which are named; a folder of many suites has hundreds."""
 BANDS = ("inside", "outside", "undefined")
 
 
@@ -55,7 +57,8 @@ def _not_compared(changes: Changes) -> list[str]:
     return [
         *(f"`{cell.cell_id}`: {where}" for cells, where in sides for cell in cells),
         *(f"`{it.cell.cell_id}`: the candidate lacks trial {', '.join(map(str, it.lacking))}" for it in changes.cells if it.lacking),
-        *(f"`{bad.file}`: {bad.problem}" for bad in changes.bad_files),
+        *(f"`{bad.file}`: {bad.problem.removeprefix(f'{bad.file}: ')}" for bad in changes.bad_files[:MOST_BAD]),
+        *([f"{counted(rest, 'more file')} that are no records"] if (rest := len(changes.bad_files) - MOST_BAD) > 0 else []),
     ]
 
 

@@ -85,6 +85,8 @@ def read_inventory(records: Path, plan: Path | None = None, keep: Callable[[Row]
 
     `keep` gets each valid row as it was read and returns what is kept of it: many thousand records do not fit into memory whole.
     """
+    if records.exists() and not records.is_dir():
+        raise UserError(f"{records}: no folder of records; seen: a file; give the folder, for example results/quickstart/records")
     if not records.is_dir():
         raise UserError(f"{records}: there is no such folder; give the folder of records, for example results/quickstart/records")
     files = sorted(path for path in records.rglob("*.json") if not path.name.startswith("."))

@@ -100,9 +100,8 @@ def read_cells(folder: Path) -> tuple[Cells, tuple[BadFile, ...]]:
         cells[canonical_json(identity(row.cell))].append(_judged(found[row.file], parities.get(row.file)))
     if not cells:
         first = inventory.bad_files[0]
-        raise UserError(
-            f"{folder}: no valid record; seen: {len(inventory.bad_files)} other JSON files, first {first.file}: {first.problem}"
-        )
+        problem = first.problem.removeprefix(f"{first.file}: ")
+        raise UserError(f"{folder}: no valid record; seen: {len(inventory.bad_files)} other JSON files, first {first.file}: {problem}")
     return cells, inventory.bad_files
 
 

@@ -193,7 +193,29 @@ def test_a_fingerprint_that_cannot_be_met_is_a_difference(suite: Path, tmp_path:
     assert difference.startswith("fingerprint: ffffffffffff recorded, ")
 
 
-@pytest.mark.parametrize(("changes", "text"), [({"strategy": "zero9"}, "seen: zero9"), ({"stage": "dpo"}, "none that this version knows")])
+def test_a_record_whose_settings_were_changed_is_not_the_same(suite: Path, tmp_path: Path) -> None:
+    old = load_record(suite)
+    first, second = rebuilt(edited(suite, tmp_path, cell=old.cell | {"steps": 5}), results_of(suite)).differences
+    assert first.startswith(f"cell: {old.cell_id} recorded, its settings here are those of rm-bloom-tiny-naive-")
+    assert second.startswith("fingerprint: ")
+
+
+def test_what_is_missing_is_told_with_what_is_not_the_same(suite: Path, tmp_path: Path) -> None:
+    old = load_record(suite)
+    inputs = with_input(suite, "policy", path="/nowhere")
+    path = edited(suite, tmp_path, inputs=inputs, provenance=old.provenance | {"versions": old.provenance["versions"] | {"torch": "1.0"}})
+    with pytest.raises(UserError, match=r"(?s)missing here:\n  policy: .*\nbesides, not the same here:\n.*torch: 1\.0 recorded"):
+        reproduce(path, results=tmp_path / "results")
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"strategy": "zero9"}, "seen: zero9"),
+        ({"stage": "dpo"}, "none that this version knows; seen: stage 'dpo'"),
+        ({"new_setting": 3}, "none that this version knows; seen: new_setting: Unexpected keyword argument$"),
+    ],
+)
 def test_cells_of_another_version_are_told(suite: Path, tmp_path: Path, changes: dict[str, str], text: str) -> None:
     with pytest.raises(RecordError, match=text):
         rebuilt(edited(suite, tmp_path, cell=load_record(suite).cell | changes), results_of(suite))

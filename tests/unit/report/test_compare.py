@@ -244,6 +244,8 @@ def test_folders_without_records_are_refused(tmp_path: Path) -> None:
         compare(good, tmp_path / "plans")
     with pytest.raises(UserError, match="there is no such folder"):
         compare(tmp_path / "nowhere", good)
+    with pytest.raises(UserError, match="no folder of records; seen: a file"):
+        compare(tmp_path / "plans" / "plan.json", good)
 
 
 def test_what_is_not_compared_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -255,6 +257,22 @@ def test_what_is_not_compared_is_listed(tmp_path: Path, capsys: pytest.CaptureFi
     assert f"- `{PPO.cell_id}`: in the candidate only" in out
     assert f"- `{NAIVE.cell_id}`: the candidate lacks trial 1" in out
     assert "- `half.json`: " in out
+
+
+def test_a_folder_of_many_other_files_names_the_first_ones_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sets = both(tmp_path, [record(NAIVE)], [record(NAIVE)])
+    for number in range(30):
+        (sets[1] / "records" / f"other{number:02}.json").write_text("{}")
+    assert compare(*sets) == 0
+    out = capsys.readouterr().out
+    assert out.count("- `other") == 20
+    assert "- `other00.json`: not a record; at cell: Field required; seen: '{}'" in out
+    assert "- 10 more files that are no records" in out
+
+
+def test_a_folder_in_place_of_a_file_to_write_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be written; seen: a folder"):
+        compare(tmp_path / "nowhere", tmp_path / "nowhere", junit=tmp_path)
 
 
 def test_a_reference_folder_with_cells_right_below_is_read_too(tmp_path: Path) -> None:
