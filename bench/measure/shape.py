@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.models.presets import PRESETS, parameter_count
+from bench.models.presets import PRESETS, config_parameter_count
 
 
 class Matrix(NamedTuple):
@@ -156,16 +156,14 @@ def shape_of(name: str) -> Shape | None:
     preset = PRESETS.get(name)
     path = Path(name).expanduser() / "config.json"
     if preset is not None:
-        model_type, config = preset.model_type, preset.config
-    elif path.is_file():
-        config = json.loads(path.read_text(encoding="utf-8"))
-        model_type = config.get("model_type", "")
-    else:
-        return None
-    parameters, read = parameter_count(name), _READERS.get(model_type)
-    if parameters is None or read is None:
-        return None
-    return read({**config, "model_type": model_type}, parameters)
+        return shape_of_config({**preset.config, "model_type": preset.model_type})
+    return shape_of_config(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
+
+def shape_of_config(config: dict[str, Any]) -> Shape | None:
+    """The shape of a model by its configuration, as transformers writes it; None where the architecture is not one of those below."""
+    parameters, read = config_parameter_count(config), _READERS.get(str(config.get("model_type")))
+    return None if parameters is None or read is None else read(config, parameters)
 
 
 def _bloom(config: dict[str, Any], parameters: int) -> Shape:

@@ -183,7 +183,11 @@ def parameter_count(name: str) -> int | None:
     >>> parameter_count("bloom-560m"), parameter_count("llama-7b"), parameter_count("org/unknown")
     (559214592, 6738415616, None)
     """
-    config = config_numbers(name)
+    return config_parameter_count(config_numbers(name))
+
+
+def config_parameter_count(config: dict[str, Any]) -> int | None:
+    """Parameters of the language model with this configuration, as transformers writes it; see `parameter_count`."""
     count = _COUNTS.get(str(config.get("model_type")))
     try:
         return count(config) if count else None
