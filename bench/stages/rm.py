@@ -22,7 +22,7 @@ from bench.rl.losses import pair_losses
 from bench.stages.base import Place, StepReport, step_count
 from bench.stages.job import model_facts, read_split, started_from, sum_over_ranks
 from bench.stages.schedule import learning_rate_at
-from bench.strategies.base import Strategy
+from bench.strategies.base import PipelinedEngine, Strategy
 from bench.trial import Trial
 
 
@@ -102,26 +102,63 @@ class Rm:
         )
         self._engine.set_learning_rate(rate)
         rows = self._order.rows(index)
-        sums = torch.zeros(3, device=place.device)
         work = {"loss_tokens": 0, "tokens": 0, "padded_tokens": 0, "sequences": 0}
-        micros = collate.micro_steps(rows, rank=place.rank, world=place.world_size, micro=settings.micro_batch)
-        for micro, members in enumerate(micros, 1):
-            batch = collate_batch([self._pairs[row] for row in members], self._fill, place.device, self._width)
-            margin_P = self._margins(batch)
-            losses_P = pair_losses(margin_P, settings.loss)  # (15)
-            self._engine.backward(losses_P.sum() / len(rows), last=micro == len(micros))  # (16)
-            sums += torch.stack([losses_P.detach().sum(), (margin_P.detach() > 0).sum(), margin_P.detach().sum()])
-            _count(work, batch)
-            place.beat()
+        micros = collate.micro_steps(rows, rank=place.data_rank, world=place.data_ranks, micro=settings.micro_batch)
+        pass_all = self._pipeline if isinstance(self._engine, PipelinedEngine) else self._accumulate
+        sums = pass_all(micros, len(rows), work)
         norm = self._engine.step()
         loss, accuracy, margin = sum_over_ranks(sums, place) / len(rows)
         series = {"loss": loss, "accuracy": accuracy, "margin": margin, "gradient_norm": norm, "learning_rate": rate}
         return StepReport(steps=[series], counts=work)
 
+    def _accumulate(self, micros: Sequence[Sequence[int]], step_pairs: int, work: dict[str, int]) -> Tensor:
+        """Forward and backward passes of a step, one micro-batch after the other; this rank's sums of loss, right pairs and margin."""
+        place, sums = self._place, torch.zeros(3, device=self._place.device)
+        for micro, members in enumerate(micros, 1):
+            batch = collate_batch([self._pairs[row] for row in members], self._fill, place.device, self._width)
+            margin_P = self._margins(batch)
+            losses_P = pair_losses(margin_P, self._cell.settings.loss)  # (15)
+            self._engine.backward(losses_P.sum() / step_pairs, last=micro == len(micros))  # (16)
+            sums += torch.stack([losses_P.detach().sum(), (margin_P.detach() > 0).sum(), margin_P.detach().sum()])
+            _count(work, batch)
+            place.beat()
+        return sums
+
+    def _pipeline(self, micros: Sequence[Sequence[int]], step_pairs: int, work: dict[str, int]) -> Tensor:
+        """The same where micro-batches follow each other through stages, and so have one width."""
+        pairs = [[self._pairs[row] for row in members] for members in micros]
+        width = self._width or max(len(side) for members in pairs for pair in members for side in pair)
+        batches = [collate_batch(members, self._fill, self._place.device, width) for members in pairs]
+        for batch in batches:
+            _count(work, batch)
+        weight_P = torch.full((len(micros[0]),), 1.0 / step_pairs, device=self._place.device)
+        sums = self._pipelined_sums(batches, weight_P)
+        return sums * torch.tensor([step_pairs] * 3, device=self._place.device)
+
+    def _pipelined_sums(self, batches: Sequence[Batch], weight_P: Tensor) -> Tensor:
+        """Weighted sums of loss, right pairs and margin over micro-batches of one width, by an engine that takes all of them at once."""
+        assert isinstance(self._engine, PipelinedEngine)
+
+        def losses(scores_BT: Tensor, index: int) -> Tensor:
+            margin_P = self._margin_of(scores_BT, batches[index])
+            return self._weighted(margin_P, weight_P)
+
+        inputs = self._inputs(torch.cat([batch.ids_BT for batch in batches]), torch.cat([batch.mask_BT for batch in batches]))
+        return self._engine.run(inputs, len(batches[0].ids_BT), losses, values=3)
+
+    def _weighted(self, margin_P: Tensor, weight_P: Tensor) -> Tensor:
+        terms = (pair_losses(margin_P, self._cell.settings.loss), margin_P > 0, margin_P)
+        return torch.stack([(term * weight_P).sum() for term in terms])
+
     def _margins(self, batch: Batch) -> Tensor:
         """Score of the chosen less score of the rejected sequence of each pair."""
-        places = {"position_ids": position_ids(batch.mask_BT)} if self._places else {}
-        scores_BT = self._engine.module(input_ids=batch.ids_BT, attention_mask=batch.mask_BT, **places)
+        return self._margin_of(self._engine.module(**self._inputs(batch.ids_BT, batch.mask_BT)), batch)
+
+    def _inputs(self, ids_BT: Tensor, mask_BT: Tensor) -> dict[str, Tensor]:
+        places = {"position_ids": position_ids(mask_BT)} if self._places else {}
+        return {"input_ids": ids_BT, "attention_mask": mask_BT, **places}
+
+    def _margin_of(self, scores_BT: Tensor, batch: Batch) -> Tensor:
         chosen_P, rejected_P = sequence_scores(scores_BT.float(), batch.mask_BT, padded_mean=self._padded_mean).chunk(2)
         return chosen_P - rejected_P
 
@@ -131,11 +168,11 @@ class Rm:
         place, settings, pairs = self._place, self._cell.settings, self._held_out
         sums = torch.zeros(3, dtype=torch.float64, device=place.device)
         self._engine.module.eval()
-        for rows, weights in collate.held_out_steps(len(pairs), rank=place.rank, world=place.world_size, micro=settings.micro_batch):
+        for rows, weights in collate.held_out_steps(len(pairs), rank=place.data_rank, world=place.data_ranks, micro=settings.micro_batch):
             batch = collate_batch([pairs[row] for row in rows], self._fill, place.device, self._width)
-            margin_P, weight_P = self._margins(batch), torch.tensor(weights, device=place.device)
-            terms = (pair_losses(margin_P, settings.loss), margin_P > 0, margin_P)
-            sums += torch.stack([(term * weight_P).sum() for term in terms])
+            weight_P = torch.tensor(weights, device=place.device)
+            pipelined = isinstance(self._engine, PipelinedEngine)
+            sums += self._pipelined_sums([batch], weight_P) if pipelined else self._weighted(self._margins(batch), weight_P)
             place.beat()
         self._engine.module.train()
         loss, accuracy, margin = (sum_over_ranks(sums, place) / len(pairs)).tolist()

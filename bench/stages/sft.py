@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from bench.stages.base import Place, StepReport, step_count
 from bench.stages.job import model_facts, read_split, started_from, sum_over_ranks
 from bench.stages.reader import Reader
 from bench.stages.schedule import learning_rate_at
-from bench.strategies.base import Strategy
+from bench.strategies.base import PipelinedEngine, Strategy
 from bench.trial import Trial
 
 
@@ -44,12 +44,12 @@ class Batch(NamedTuple):
     tokens: int
 
 
-def collate_batch(sequences: Sequence[collate.Tokens], fill: int, device: torch.device) -> Batch:
-    """Pad to the longest sequence of the micro-batch.
+def collate_batch(sequences: Sequence[collate.Tokens], fill: int, device: torch.device, width: int | None = None) -> Batch:
+    """Pad to `width`, or else to the longest sequence of the micro-batch.
 
     (3) Only response tokens carry loss; prompt and padding do not. (4) The mask comes from lengths, not from `ids != pad`.
     """
-    padded = collate.pad_right([sequence.ids for sequence in sequences], fill)
+    padded = collate.pad_right([sequence.ids for sequence in sequences], fill, width)
     places = collate.loss_places(sequences, padded.ids_BT.shape[1])
     tensors = [collate.to_device(tensor, device) for tensor in (*padded, *places)]
     loss_tokens, tokens = (sum(counts) for counts in zip(*((one.loss_tokens, len(one.ids)) for one in sequences), strict=True))
@@ -60,6 +60,19 @@ def token_losses(reader: Reader, batch: Batch) -> Tensor:
     """Minus log-probability of each token that carries loss, K; (10) the head computes no other logits."""
     logits_1KV = reader.logits(batch.ids_BT, batch.mask_BT, batch.place_K)
     return -token_logprobs(logits_1KV, batch.target_K.unsqueeze(0)).squeeze(0)
+
+
+def pipelined_losses(engine: PipelinedEngine, reader: Reader, batches: Sequence[Batch], weights: Sequence[Tensor | float]) -> Tensor:
+    """Sum of the weighted token losses of micro-batches of one width, with the backward passes of a step where gradients are enabled."""
+
+    def losses(output: Any, index: int) -> Tensor:
+        batch = batches[index]
+        logits_1KV = output.logits.flatten(0, 1).index_select(0, batch.place_K).unsqueeze(0)
+        losses_K = -token_logprobs(logits_1KV, batch.target_K.unsqueeze(0)).squeeze(0)
+        return (losses_K * weights[index]).sum().unsqueeze(0)
+
+    inputs = reader.inputs(torch.cat([batch.ids_BT for batch in batches]), torch.cat([batch.mask_BT for batch in batches]))
+    return engine.run(inputs, len(batches[0].ids_BT), losses)[0]
 
 
 def loss_denominator(cell: Cell, batch: Batch, step_tokens: int, num_micro_batches: int) -> int:
@@ -119,22 +132,40 @@ class Sft:
         self._engine.set_learning_rate(rate)
         rows = self._order.rows(index)
         step_tokens = sum(self._sequences[row].loss_tokens for row in rows)
-        loss = torch.zeros((), device=place.device)
         work: dict[str, int] = {}
-        micros = collate.micro_steps(rows, rank=place.rank, world=place.world_size, micro=settings.micro_batch)  # (6)
-        for micro, members in enumerate(micros, 1):
-            batch = collate_batch([self._sequences[row] for row in members], self._fill, place.device)
-            denominator = loss_denominator(self._cell, batch, step_tokens, len(micros) * place.world_size)
-            part = token_losses(self._reader, batch).sum() / denominator
-            self._engine.backward(part, last=micro == len(micros))
-            loss += part.detach()
-            count(work, batch)
-            place.beat()
+        micros = collate.micro_steps(rows, rank=place.data_rank, world=place.data_ranks, micro=settings.micro_batch)  # (6)
+        pass_all = self._pipeline if isinstance(self._engine, PipelinedEngine) else self._accumulate
+        loss = pass_all(micros, step_tokens, work)
         norm = self._engine.step()  # (9)
         return StepReport(
             steps=[{"loss": sum_over_ranks(loss, place), "gradient_norm": norm, "learning_rate": rate}],
             counts=work,
         )
+
+    def _accumulate(self, micros: Sequence[Sequence[int]], step_tokens: int, work: dict[str, int]) -> Tensor:
+        """Forward and backward passes of a step, one micro-batch after the other; this rank's share of the step's loss."""
+        place, loss = self._place, torch.zeros((), device=self._place.device)
+        for micro, members in enumerate(micros, 1):
+            batch = collate_batch([self._sequences[row] for row in members], self._fill, place.device)
+            part = token_losses(self._reader, batch).sum() / self._denominator(batch, step_tokens, micros)
+            self._engine.backward(part, last=micro == len(micros))
+            loss += part.detach()
+            count(work, batch)
+            place.beat()
+        return loss
+
+    def _pipeline(self, micros: Sequence[Sequence[int]], step_tokens: int, work: dict[str, int]) -> Tensor:
+        """The same where micro-batches follow each other through stages, and so have one width."""
+        assert isinstance(self._engine, PipelinedEngine)
+        width = max(len(self._sequences[row].ids) for members in micros for row in members)
+        batches = [collate_batch([self._sequences[row] for row in members], self._fill, self._place.device, width) for members in micros]
+        for batch in batches:
+            count(work, batch)
+        weights = [1.0 / self._denominator(batch, step_tokens, micros) for batch in batches]
+        return pipelined_losses(self._engine, self._reader, batches, weights)
+
+    def _denominator(self, batch: Batch, step_tokens: int, micros: Sequence[Sequence[int]]) -> int:
+        return loss_denominator(self._cell, batch, step_tokens, len(micros) * self._place.data_ranks)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -143,14 +174,18 @@ class Sft:
         totals = torch.zeros(2, dtype=torch.float64, device=place.device)
         self._engine.module.eval()
         micro = self._cell.settings.micro_batch
-        for rows, weights in collate.held_out_steps(len(sequences), rank=place.rank, world=place.world_size, micro=micro):
+        for rows, weights in collate.held_out_steps(len(sequences), rank=place.data_rank, world=place.data_ranks, micro=micro):
             batch = collate_batch([sequences[row] for row in rows], self._fill, place.device)
             weight_K = torch.tensor(weights, device=place.device)[batch.place_K // batch.ids_BT.shape[1]]
-            totals += torch.stack([(token_losses(self._reader, batch) * weight_K).sum(), ((batch.target_K >= 0) * weight_K).sum()])
+            if isinstance(self._engine, PipelinedEngine):
+                loss = pipelined_losses(self._engine, self._reader, [batch], [weight_K])
+            else:
+                loss = (token_losses(self._reader, batch) * weight_K).sum()
+            totals += torch.stack([loss, ((batch.target_K >= 0) * weight_K).sum()])
             place.beat()
         self._engine.module.train()
-        loss, tokens = sum_over_ranks(totals, place).tolist()
-        return {"loss": loss / max(1.0, tokens)}
+        total, tokens = sum_over_ranks(totals, place).tolist()
+        return {"loss": total / max(1.0, tokens)}
 
     def save(self, folder: str) -> None:
         """Write the trained policy, adapters merged."""
