@@ -30,6 +30,8 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")
+suite_app = typer.Typer(help="Make suite files.", no_args_is_help=True)
+app.add_typer(suite_app, name="suite")
 schema_app = typer.Typer(help="JSON Schema of the project's files.", no_args_is_help=True)
 app.add_typer(schema_app, name="schema")
 
@@ -163,6 +165,19 @@ def doctor(format: Format = "text") -> None:
     from bench.doctor import run_doctor
 
     raise typer.Exit(run_doctor(format=_format(format)))
+
+
+@suite_app.command("from-command")
+def suite_from_command(
+    command: Annotated[
+        str, typer.Argument(help="A command of ColossalAI-Chat v0.2.8, in quotes: torchrun ... train_sft.py --strategy ...")
+    ],
+    output: Annotated[Path | None, typer.Option(help="Write the suite here; it must not exist. Else it is printed.")] = None,
+) -> None:
+    """Turn an old command line into a suite, and say what could not be carried over and why."""
+    from bench.from_command import write_suite
+
+    write_suite(command, output)
 
 
 @schema_app.command("suite")
