@@ -11,9 +11,9 @@ The theory counts weights, gradients and optimizer states, in the bytes of the p
 
 Frozen weights (a base under LoRA, PPO's reference policy and reward model) have neither gradients nor states. What a
 strategy shards (`Strategy.sharded`) is divided by the data-parallel ranks, rounded up; tensor- and pipeline-parallel ranks hold
-equal parts of what trains. What lies in host memory (`Strategy.offloaded`) counts all the same. Not counted: activations, logits, communication
-buffers, the fp32 copy of 16-bit gradients that lives during `step()`, and the driver's context; a measured peak lies above the
-theory by these. Source of the bytes: Rajbhandari et al. 2020, ZeRO, arXiv:1910.02054, section 3.1.
+equal parts of what trains. What lies in host memory (`Strategy.offloaded`) counts all the same. Not counted: activations, logits,
+communication buffers, the fp32 copy of 16-bit gradients that lives during `step()`, and the driver's context; a measured peak lies
+above the theory by these. Source of the bytes: Rajbhandari et al. 2020, ZeRO, arXiv:1910.02054, section 3.1.
 """
 
 from __future__ import annotations
