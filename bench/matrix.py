@@ -119,7 +119,8 @@ class _Expansion:
             self.starts[cell_id] = self._starts_of(cell)
         if not self.cells and not self.mistakes:
             reasons = sorted({skipped.reason for skipped in self.skipped})
-            self.mistakes.append(Mistake("axes", "no cell of this matrix can run: " + "; ".join(reasons or ["all are excluded"]), None))
+            problem = "no cell of this matrix can run: " + "; ".join(reasons or ["all are excluded"])
+            self.mistakes.append(Mistake("axes", problem, asdict(self.suite.axes)))
         if self.mistakes:
             raise SuiteError(self.source, sorted(set_of_mistakes(self.mistakes)))
         blocks = self._blocks()

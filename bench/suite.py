@@ -99,13 +99,13 @@ def check_suite(content: Any, source: str, known: Known, folder: Path) -> Suite:
     """Return the suite that `content` describes. Raises SuiteError with every mistake found."""
     if not isinstance(content, dict):
         raise SuiteError(source, [Mistake("(file)", "a suite is a mapping with the keys suite, axes, ...", _short(content))])
-    mistakes = []
+    mistakes = _name_mistakes(content, known)
     suite = None
     try:
         suite = _adapter.validate_json(json.dumps(content, default=str))
     except ValidationError as error:
-        mistakes += _from_pydantic(error, "")
-    mistakes += _name_mistakes(content, known)
+        told = {mistake.path for mistake in mistakes}
+        mistakes += [mistake for mistake in _from_pydantic(error, "") if mistake.path not in told]
     mistakes += _setting_mistakes(content, known, folder)
     if mistakes or suite is None:
         raise SuiteError(source, sorted(set_of_mistakes(mistakes)))
@@ -223,15 +223,22 @@ def _short(value: Any) -> Any:
 # -- checking ----------------------------------------------------------------------------------------------------
 
 
+_WORDS = {
+    "unexpected_keyword_argument": "unknown key",
+    "missing": "missing",
+    "missing_keyword_only": "missing",
+    "too_short": "at least one value is needed",
+}
+"""pydantic's kinds of mistakes that have plainer words."""
+
+
 def _from_pydantic(error: ValidationError, prefix: str) -> list[Mistake]:
     mistakes = []
     for item in error.errors():
         path = prefix
         for part in item["loc"]:
             path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
-        problem = {"unexpected_keyword_argument": "unknown key", "missing": "missing", "missing_keyword_only": "missing"}.get(
-            item["type"], item["msg"]
-        )
+        problem = _WORDS.get(item["type"], item["msg"])
         mistakes.append(Mistake(path, problem, None if problem == "missing" else item["input"]))
     return mistakes
 

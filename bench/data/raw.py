@@ -247,7 +247,7 @@ def _array_value(text: _Text, count: int) -> Any:
 
 
 def _broken_array(text: _Text, count: int, why: str) -> DataError:
-    after = f"after {count} rows, at line {text.line}"
+    after = f"after {count} row{'s' * (count != 1)}, at line {text.line}"
     if text.ended and text.text[text.at :].lstrip()[:1] in ("", "{", '"'):
         what = f"the JSON array is cut off or broken {after} ({why})"
         return DataError(f"{text.path}: {what}; a whole one ends with ']': fetch the file again")

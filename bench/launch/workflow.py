@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
 import psutil
+from rich.filesize import decimal
 
 from bench.data.sources import resolve
 from bench.errors import MachineError, UserError
@@ -37,7 +39,8 @@ def run_suite(suite: Path, *, profile: str = "local", results: Path = Path("resu
     """Run the suite in the file `suite` whole, or what of it is not done yet; the report goes to results/<suite>/report.
 
     Returns 0 when everything planned has a record and the report is made, whatever the outcomes; 3 when something could not be
-    made, 130 when interrupted. Raises UserError or MachineError before anything is started.
+    made, 2 if only for mistakes of the user's (data that cannot be read), 130 when interrupted. Raises UserError or MachineError
+    before anything is started.
     """
     plan = make_plan(suite)
     layout = Layout(results / plan.suite)
@@ -147,10 +150,10 @@ def _announce(suite: Path, plan: Plan, layout: Layout, follower: Follower) -> No
     say(f"{suite}: {cells} x {trials} in {blocks}, {len(plan.skipped)} skipped; {follower.recorded_text()}")
     absent = [resolve(name) for name in plan.data if not layout.data(name).exists()]
     if absent:
-        sizes = (f"{source.name} ({source.bytes / 1e6:,.0f} MB)" if source.bytes else source.name for source in absent)
-        say(f"data to fetch or generate: {', '.join(sizes)}")
+        sizes = (f"{source.name} ({decimal(source.bytes)})" if source.bytes else source.name for source in absent)
+        say(f"data to fetch, generate or read: {', '.join(sizes)}")
     if disk := weights_on_disk_bytes(plan):
-        say(f"disk for weights: {disk / 1e6:,.0f} MB")
+        say(f"disk for weights: {decimal(disk)}")
     say(f"results: {layout.root}; everything that is printed: {layout.root / 'logs' / 'snakemake.log'}")
 
 
@@ -167,7 +170,8 @@ def _tell_failure(ended: Ended, layout: Layout, log: Path, offset: int) -> int:
         done = subprocess.run([program, "report", str(layout.records), "--output", str(layout.report)], check=False, capture_output=True)
         if done.returncode == 0:
             say(f"A report of what is there: {layout.report / 'report.html'}")
-    return CANNOT
+    codes = set(re.findall(r"returned non-zero exit status (\d+)\.$", "\n".join(lines), re.MULTILINE))
+    return UserError.exit_code if codes == {str(UserError.exit_code)} else CANNOT
 
 
 def _tell_results(suite: Path, layout: Layout, outcomes: Counter[str]) -> None:

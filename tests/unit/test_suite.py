@@ -65,14 +65,15 @@ def test_all_mistakes_are_told_at_once_with_path_problem_and_value() -> None:
     for line in (
         "axes.stage[1]: unknown stage, did you mean 'sft'?; seen: 'sfd'",
         "axes.strategy[0]: unknown strategy",
-        "axes.lora_rank[0]: ",
-        "axes.nodes: List should have at least 1 item",
+        "axes.lora_rank[0]: lora_rank is a whole number of at least 0; seen: -1",
+        "axes.nodes: at least one value is needed; seen: []",
         "settings.learning_rat: unknown setting of sft, did you mean 'learning_rate'?; seen: 1",
         "settings.precision: ",
         "trials: ",
         "exclude[0].strateg: unknown axis, did you mean 'strategy'?; seen: 'strateg'",
     ):
         assert line in text
+    assert text.count("axes.lora_rank[0]") == 1
     assert text.startswith("suite.yaml: ")
 
 

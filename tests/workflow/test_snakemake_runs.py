@@ -176,6 +176,17 @@ def test_what_cannot_be_made_is_told_in_its_own_words(folder: Any) -> None:
     assert re.search(r"^  coati-bench: .*records", done.stdout, re.MULTILINE), done.stdout
 
 
+def test_a_data_file_that_is_cut_off_is_the_user_s_mistake_and_leaves_no_manifest(folder: Any) -> None:
+    folder.write()
+    (folder.path / "rows.json").write_text('[{"instruction": "a", "output": "b"},', encoding="utf-8")
+    text = (folder.path / "tiny.yaml").read_text(encoding="utf-8").replace("sft: {steps", "sft: {data: file:rows.json, steps")
+    (folder.path / "tiny.yaml").write_text(text, encoding="utf-8")
+    done = folder.run()
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert re.search(r"^  coati-bench: .*rows.json: the JSON array is cut off or broken after 1 row", done.stdout, re.MULTILINE)
+    assert not list((folder.layout.root / "data").glob("*"))
+
+
 def test_rows_that_cannot_be_used_are_the_reason_in_every_record_and_retry_makes_all_of_it_again(folder: Any) -> None:
     folder.write()
     rows = folder.path / "rows.jsonl"

@@ -216,7 +216,7 @@ def test_an_array_that_is_cut_off_is_told(tmp_path: Path, end: int) -> None:
     data = json.dumps(ROWS, separators=(",", ":"))[:end]
     with pytest.raises(
         DataError,
-        match=r"the JSON array is cut off or broken after \d rows, at line 1 .*; a whole one ends with '\]': fetch the file again",
+        match=r"the JSON array is cut off or broken after \d rows?, at line 1 .*; a whole one ends with '\]': fetch the file again",
     ):
         read_rows(save(tmp_path, data), "instruct", rejected_share=1)
 
@@ -226,11 +226,11 @@ def test_an_array_that_is_cut_off_is_told(tmp_path: Path, end: int) -> None:
     [
         (
             '[\n{"instruction": "a",\n "output": "b"}\n{"instruction": "c"}]',
-            "not a JSON array: after 1 rows, at line 4: expected ',' or ']', seen '{'",
+            "not a JSON array: after 1 row, at line 4: expected ',' or ']', seen '{'",
         ),
         ('[{"instruction": "a", "output": "b"}] []', "line 1: text after the end of the JSON array: '['"),
         ("[1, 2, oops]", "not a JSON array: after 2 rows, at line 1: Expecting value"),
-        ('[{"a": 1},]', "not a JSON array: after 1 rows, at line 1: Expecting value"),
+        ('[{"a": 1},]', "not a JSON array: after 1 row, at line 1: Expecting value"),
     ],
 )
 def test_an_array_that_is_broken_is_told_with_its_line(tmp_path: Path, data: str, message: str) -> None:
