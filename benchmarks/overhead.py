@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -153,6 +154,7 @@ class Loops:
         strategy, place = self.rank._start()
         self._place = replace(place, beat=self._beat_or_not)
         self.stage = self.rank._load(strategy, self._place)
+        self.rank._evidence = SimpleNamespace(begin=lambda: None, end=lambda _: None)  # once a trial, outside the laps
         self._resume = Resume(self.rank.trial, self.stage, self._place)
         self._synchronise = lambda: synchronise(self._place.device)
         self.lap_steps = self.rank.cell.settings.lap_steps
