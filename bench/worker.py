@@ -15,8 +15,11 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +31,12 @@ from torch import Tensor
 
 from bench.errors import BenchError, MachineError
 from bench.measure.clock import LapClock, synchronise
+from bench.measure.evidence.judge import Declared
+from bench.measure.evidence.watch import EvidenceWatch, learning_rates
+from bench.measure.consistency import inconsistency
 from bench.measure.memory import MemoryWatch
-from bench.record import Lap, Memory, Outcome, Part, save_part
+from bench.needs import networks
+from bench.record import Evidence, Lap, Memory, Outcome, Part, save_part
 from bench.resume import Resume
 from bench.stages.base import Place, Stage, StepReport, build_stage
 from bench.strategies.base import Strategy, all_strategies
@@ -43,7 +50,7 @@ BEAT_SECONDS = 3.0
 BEAT_BYTES = 80
 """Length of a heartbeat's file."""
 
-DIVERGENCE = ("loss", "reward", "kl")
+DIVERGENCE = ("loss",)
 """Series whose first value that is not finite ends the trial as `diverged`. They are reduced over ranks, so all ranks agree."""
 
 LARGEST = float(torch.finfo(torch.float32).max)
@@ -55,6 +62,10 @@ _REQUESTED = re.compile(r"[Tt]ried to allocate ([\d.]+) (TiB|GiB|MiB|KiB|bytes|B
 
 class Diverged(Exception):  # noqa: N818 (an outcome, not an error)
     """A value that may not be infinite or NaN was."""
+
+
+class Invalid(Exception):  # noqa: N818 (an outcome, not an error)
+    """The trial itself knows that its numbers are wrong."""
 
 
 class Heartbeat:
@@ -89,6 +100,7 @@ class Findings:
     seconds: dict[str, float] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     watch: MemoryWatch | None = None
+    evidence: Evidence | None = None
     resumed_step: int | None = None
 
     def keep(self) -> dict[str, Any]:
@@ -130,7 +142,8 @@ class Rank:
         strategy, place = self._start()
         self._spend("start", time.time() - self._born)
         self.heart.enter("load")
-        stage = self._load(strategy, place)
+        self._evidence = EvidenceWatch(self.cell, declared(strategy, self.trial, place), partial(networks, self.cell), place.device)
+        stage = self._load(self._evidence.beside(strategy), place)
         resume = Resume(self.trial, stage, place)
         done, kept = resume.begin()
         if done:
@@ -144,8 +157,9 @@ class Rank:
             begin = time.perf_counter()
             stage.save(self.trial.save_to)
             self._spend("save", time.perf_counter() - begin)
+        ending = self._conclude(stage)
         self.heart.enter("done")
-        return Ending(outcome="ok", code=EXIT_OK)
+        return ending
 
     # -- phases ------------------------------------------------------------------------------------------------------
 
@@ -200,13 +214,15 @@ class Rank:
         self.heart.enter("train", done)
         clock, watch = LapClock(place.device), self.found.watch
         assert watch is not None
+        with self._weighing():
+            self._evidence.begin()
         watch.start()
-        lap_steps = self.cell.settings.lap_steps
+        lap_steps, seen = self.cell.settings.lap_steps, len(self.found.series.get("learning_rate", []))
         for first in range(done, stage.total, lap_steps):
             reports = []
             clock.start()
             for index in range(first, min(first + lap_steps, stage.total)):
-                reports.append(stage.advance(index))
+                reports.append(self._advance(stage, index))
                 watch.note(reports[-1].phase_peaks)
                 if index == 0:
                     self._first_step(place)
@@ -214,6 +230,34 @@ class Rank:
             self._take(reports, first, seconds, clock.opened)
             self.heart.enter("train", first + len(reports))
             self._save(resume, first, first + len(reports))
+        with self._weighing():
+            self._evidence.end(learning_rates(self.found.series, seen))
+
+    def _advance(self, stage: Stage, index: int) -> StepReport:
+        """One step (PPO: iteration); evidence is taken in the first one, if its lap is a warm-up lap, which no report measures."""
+        if index > 0 or stage.total <= self.cell.settings.lap_steps:
+            return stage.advance(index)
+        with self._evidence.tracing("the first step, in the first warm-up lap"):
+            return stage.advance(index)
+
+    def _conclude(self, stage: Stage) -> Ending:
+        """What the evidence says. A step that was not traced before is run once more, now that nothing depends on it."""
+        self.heart.enter("evidence")
+        with self._weighing():
+            if not self._evidence.is_traced:
+                with self._evidence.tracing("the last step once more, after all that was measured"):
+                    stage.advance(stage.total - 1)
+            self.found.evidence = evidence = self._evidence.conclude(self.found.series)
+        if evidence is None or evidence.state != "refuted":
+            return Ending(outcome="ok", code=EXIT_OK)
+        reason = "; ".join(f"{check.model}, {check.what}: {check.text}" for check in evidence.refuted)
+        return Ending(outcome="invalid", code=EXIT_OK, reason=f"evidence refutes that {self.cell.strategy} is active: {reason}")
+
+    @contextmanager
+    def _weighing(self) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self._spend("evidence", time.perf_counter() - begin)
 
     def _save(self, resume: Resume, first: int, done: int) -> None:
         """Save the training state at a lap's edge, outside the laps, if it is time to."""
@@ -225,10 +269,10 @@ class Rank:
             self.heart.enter("train")
 
     def _first_step(self, place: Place) -> None:
-        """The one extra synchronisation, in the first lap, which is warm-up: how long it took to get going, evaluation left out."""
+        """The one extra synchronisation, in the first lap: how long it took to get going, evaluation and evidence left out."""
         synchronise(place.device)
         since = time.time() - self._born
-        self._spend("time_to_first_step", since - self.found.seconds.get("evaluate", 0.0))
+        self._spend("time_to_first_step", since - sum(self.found.seconds.get(what, 0.0) for what in ("evaluate", "evidence")))
 
     # -- findings ----------------------------------------------------------------------------------------------------
 
@@ -244,10 +288,17 @@ class Rank:
             self._extend(values, first + row // per_unit)
         for row, values in enumerate(iterations):
             self._extend(values, first + row)
+            self._check(values, first + row)
         self.found.laps.append(
             Lap(first_step=first, steps=len(reports), seconds=seconds, counts=add_up([report.counts for report in reports]),
                 phases=add_up([report.phases for report in reports]), opened=opened)
         )  # fmt: skip
+
+    def _check(self, values: dict[str, float], iteration: int) -> None:
+        """Raise Invalid where a PPO iteration does not agree with itself; values are the job's, so all ranks agree."""
+        if self.cell.stage == "ppo" and (problem := inconsistency(values, self.found.facts["precision"])):
+            self.heart.step = iteration
+            raise Invalid(f"PPO consistency at iteration {iteration}: {problem}")
 
     def _extend(self, values: dict[str, float], step: int) -> None:
         for name in DIVERGENCE:
@@ -269,6 +320,7 @@ class Rank:
                 pid=os.getpid(), outcome=ending.outcome, reason=ending.reason, phase=self.heart.phase, step=self.heart.step,
                 resumed_step=self.found.resumed_step, laps=self.found.laps, series=self.found.series, held_out=self.found.held_out,
                 seconds=self.found.seconds, facts=self.found.facts, memory=Memory() if watch is None else watch.read(),
+                evidence=self.found.evidence,
             ),
             self.trial.part_path(self.rank),
         )  # fmt: skip
@@ -339,6 +391,16 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
     return {"device_name": properties.name, "device_total_bytes": properties.total_memory, "versions": versions}
 
 
+def declared(strategy: Strategy, trial: Trial, place: Place) -> Declared:
+    """What the strategy's class and the cell say of where things lie, for evidence to be held against."""
+    cell = trial.parsed_cell
+    return Declared(
+        sharded=strategy.sharded, offloaded=strategy.offloaded, model_parallel=cell.model_parallel_size,
+        precision=strategy.forced_settings(cell).get("precision", cell.settings.precision),
+        data_parallel=max(1, place.world_size // cell.model_parallel_size), on_gpu=place.device.type == "cuda",
+    )  # fmt: skip
+
+
 def strategy_facts(strategy: Strategy, trial: Trial) -> dict[str, Any]:
     """Precision, optimizer in force, what the strategy forced, semantics switches."""
     cell = trial.parsed_cell
@@ -381,8 +443,8 @@ def add_up(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def classify(error: BaseException, phase: str, step: int) -> Ending:
     """How a trial ended that raised `error`."""
-    if isinstance(error, Diverged):
-        return Ending(outcome="diverged", code=EXIT_OK, reason=str(error))
+    if isinstance(error, (Diverged, Invalid)):
+        return Ending(outcome="diverged" if isinstance(error, Diverged) else "invalid", code=EXIT_OK, reason=str(error))
     if is_out_of_memory(error):
         requested = requested_bytes(str(error))
         asked = "an unknown number of bytes" if requested is None else f"{requested} bytes"
@@ -410,13 +472,13 @@ def requested_bytes(text: str) -> int | None:
 
 
 def run_rank(trial: Trial) -> int:
-    """Run this rank of `trial` and leave its part. Returns 0 (ok, diverged), 1 (error) or 75 (out of memory)."""
+    """Run this rank of `trial` and leave its part. Returns 0 (ok, diverged, invalid), 1 (error) or 75 (out of memory)."""
     rank = Rank(trial)
     try:
         ending = rank.run()
     except Exception as error:  # noqa: BLE001 (whatever a framework raises is an outcome)
         ending = classify(error, rank.heart.phase, rank.heart.step)
-        if ending.outcome != "diverged":
+        if ending.code != EXIT_OK:
             traceback.print_exc()
     rank.write(ending)
     sys.stdout.flush()

@@ -73,7 +73,7 @@ def run_forked(trial: Trial) -> list[Part]:
     codes = fork_ranks(trial)
     parts = [load_part(trial.part_path(rank)) for rank in range(trial.parsed_cell.world_size)]
     for part, code in zip(parts, codes, strict=True):
-        assert (code == 0) == (part.outcome in ("ok", "diverged")), (part.outcome, part.reason, code)
+        assert (code == 0) == (part.outcome in ("ok", "diverged", "invalid")), (part.outcome, part.reason, code)
     return parts
 
 
