@@ -15,6 +15,7 @@ from statistics import fmean, median
 
 import numpy as np
 
+from bench.measure.conditions import conditions
 from bench.record import Record
 from bench.report.inventory import Row, read_inventory
 from bench.report.metrics import METRICS, Trial
@@ -91,9 +92,8 @@ class Reference:
 
 
 def device_name(record: Record) -> str:
-    """Name of the device that a record was measured on; `cpu` where it says none."""
-    name = record.lead.facts.get("device_name") if record.lead else None
-    return str(name or record.cell.get("device", "cpu"))
+    """Name of the device that a record was measured on, of a CPU its model; `cpu` where it says none."""
+    return conditions(record).get("device name") or str(record.cell.get("device", "cpu"))
 
 
 def read_references(folder: Path | None) -> tuple[Row, ...]:

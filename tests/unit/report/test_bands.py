@@ -160,6 +160,15 @@ def test_references_match_by_cell_and_device(tmp_path: Path) -> None:
     assert device_name(other.record) == "another card"
 
 
+def test_another_cpu_is_another_device() -> None:
+    here = make_row(make_cell("sft", launcher="torchrun"))
+    machine = here.record.provenance["machines"][0] | {"cpu": "another CPU"}
+    there = Row(dataclasses.replace(here.record, provenance=here.record.provenance | {"machines": [machine]}), here.cell, here.file)
+    assert (device_name(here.record), device_name(there.record)) == ("a CPU", "another CPU")
+    assert judge_bands([there], [here]) == {}
+    assert judge_bands([here], [here]).keys() == {here.file}
+
+
 def test_no_folder_of_references_is_no_reference(tmp_path: Path) -> None:
     assert read_references(None) == ()
     assert read_references(tmp_path / "none") == ()
