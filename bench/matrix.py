@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from bench.cell import AXES, Cell, Settings, canonical_json, cell_from_json, cell_to_json, digest, identity, validate_settings
 from bench.data.sources import data_problem
 from bench.errors import Mistake, SuiteError, UserError
+from bench.models.named_weights import reward_weights_problem
 from bench.models.presets import model_problem, vocabulary_size
 from bench.record import write_json
 from bench.stages.base import SPECS
@@ -111,6 +112,7 @@ class _Expansion:
         self.starts: dict[str, dict[str, str]] = {}
         self._settings: dict[str, Settings | None] = {}
         self._ids: dict[tuple[Any, ...], str] = {}
+        self._problems: dict[tuple[str, str], str | None] = {}
 
     def plan(self) -> Plan:
         for path, axes, extra in _points(self.suite):
@@ -193,12 +195,24 @@ class _Expansion:
         for role, stage in SPECS[cell.stage].starts.items():
             named = settings.reward_model if role == "reward" else "trained"
             if named not in ("trained", "fresh-head"):
+                self._check_weights(cell, named)
                 starts[role] = f"path:{named}"
             elif named == "trained" and settings.warm_start == "chain":
                 starts[role] = self._chained(cell, stage)
             elif named == "trained" and settings.warm_start == "shared":
                 starts[role] = self._shared(cell, stage)
         return starts
+
+    def _check_weights(self, cell: Cell, named: str) -> None:
+        """Note a `reward_model` folder that does not fit; each is looked at once."""
+        key = (named, cell.model)
+        if key not in self._problems:
+            self._problems[key] = reward_weights_problem(Path(named), cell.model)
+        if problem := self._problems[key]:
+            axes = {axis: getattr(cell, axis) for axis in AXES}
+            own = [i for i, item in enumerate(self.suite.include) if (item.get("settings") or {}).get("reward_model") == named]
+            place = f"include[{own[0]}].settings.reward_model" if own else place_of_setting(self.suite, axes, "reward_model")
+            self.mistakes.append(Mistake(str(place), problem, named))
 
     def _tokenizer(self, model: str, settings: Settings) -> str:
         vocabulary = min(settings.tokenizer_vocabulary, vocabulary_size(model) or settings.tokenizer_vocabulary)
