@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,12 @@ import pytest
 import torch
 
 from bench.errors import CheckpointError
-from bench.record import Part
+from bench.launch.parent import ForkParent
+from bench.launch.rank import read_process
+from bench.launch.supervise import run_trial
+from bench.record import Part, Record
+from bench.report import registry as metrics
+from bench.report.inventory import Row
 from bench.saves import drop_saves, saves_folder
 from bench.strategies.base import Engine, all_strategies
 from bench.strategies.colossal import import_colossalai
@@ -50,19 +57,21 @@ def kill_after_the_first_save(trial: Trial) -> int:
     """Start the ranks of `trial`, end them with SIGKILL once a save is there; return the step of that save."""
     pids = start_ranks(trial)
     try:
-        found: list[Path] = []
         deadline = time.monotonic() + 60
-        while not found:
+        while not complete_saves(trial):
             assert time.monotonic() < deadline, "no save within a minute"
             time.sleep(0.002)
-            found = [path for path in saves_folder(trial).glob("step*") if path.suffix != ".draft"]
     finally:
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
         for pid in pids:
             os.waitpid(pid, 0)
     assert not any(trial.part_path(rank).exists() for rank in range(len(pids))), "the ranks were done before they were killed"
-    return max(int(path.name.removeprefix("step")) for path in saves_folder(trial).glob("step*[0-9]"))
+    return max(complete_saves(trial))
+
+
+def complete_saves(trial: Trial) -> list[int]:
+    return [int(path.name.removeprefix("step")) for path in saves_folder(trial).glob("step*[0-9]")]
 
 
 def losses(part: Part) -> dict[str, Any]:
@@ -172,3 +181,40 @@ def test_saves_are_dropped_when_nobody_goes_on_with_them(outcome: Any, kept: boo
     (saves_folder(trial) / "step3").mkdir(parents=True)
     drop_saves(trial, outcome)
     assert saves_folder(trial).exists() is kept
+
+
+# -- records ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_record_of_a_trial_that_went_on_says_so_and_claims_no_time(tmp_path: Path) -> None:
+    """Supervised, as a suite runs it: the rank is killed, the trial is repeated, and its saves are gone at the end."""
+    trial = tiny_trial(resumable_cell("sft", "naive", 1, steps=40), tmp_path / "trial")
+    with ForkParent(tmp_path / "parent.log") as parent:
+        killer = threading.Thread(target=kill_rank_after_the_first_save, args=(trial,))
+        killer.start()
+        killed = run_trial(trial, tmp_path / "killed.json", parent=parent)
+        killer.join()
+        assert killed.outcome == "error"
+        assert "SIGKILL" in str(killed.reason)
+        record = run_trial(trial, tmp_path / "record.json", parent=parent)
+    whole = only(run_forked(tiny_trial(resumable_cell("sft", "naive", 1, steps=40), tmp_path / "whole")))
+    assert (record.outcome, killed.resumed_step) == ("ok", None)
+    assert record.resumed_step is not None
+    assert f"resumed: step {record.resumed_step}" in record.flags
+    assert losses(record.parts[0]) == losses(whole)
+    assert not saves_folder(trial).exists()
+    assert metrics.Trial(Row(measured(record), trial.parsed_cell, "record.json")).clock_problem == "the trial was stopped and went on later"
+
+
+def kill_rank_after_the_first_save(trial: Trial) -> None:
+    deadline = time.monotonic() + 60
+    while not complete_saves(trial) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    note = read_process(Path(trial.work), 0)
+    assert note is not None
+    os.kill(note.pid, signal.SIGKILL)
+
+
+def measured(record: Record) -> Record:
+    """The same record, had torchrun started it: nothing else speaks against its clock."""
+    return dataclasses.replace(record, launcher="torchrun")
