@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,8 +29,8 @@ from bench.report.text import counted
 from bench.report.windows import job_laps
 
 JOULES_PER_KWH = 3.6e6
-MOST_RECORDS = 3
-"""Earlier trials of one cell that are read: planning answers at once."""
+MOST_TRIALS, MOST_RECORDS = 3, 300
+"""Earlier trials of one cell, and of all of one suite, that are read: planning answers at once."""
 WORK = ("steps", "epochs", "iterations", "prompts_per_iteration", "global_batch", "sequence_length", "prompt_length", "response_length")
 """Settings that the seconds of the loop are scaled by, so that they tell no cells apart."""
 NO_MATTER = (*WORK, "base_seed", "lap_steps", "held_out_rows", "learning_rate", "schedule", "warmup_share", "kl_coef", "save_every")
@@ -165,12 +165,13 @@ def _estimate_to_json(item: Estimate) -> dict[str, Any]:
 
 
 def _earlier(results: Path, suite: str) -> Iterator[Record]:
-    """Records under results/references and results/<suite>, the first few of each cell."""
+    """Records under results/references and results/<suite>: the first of each cell, then the second, up to some number."""
     folders = [path.parent for path in sorted((results / "references").glob("*/*/records"))] + [results / suite]
     for layout in map(Layout, folders):
         cells = sorted(path for path in layout.records.glob("*") if path.is_dir())
-        files = [file for cell in cells for file in islice(sorted(cell.glob("*.json")), MOST_RECORDS)]
-        for file in [*files, *sorted(layout.root.glob("warm/*/record.json"))]:
+        trials = zip_longest(*(sorted(cell.glob("*.json"))[:MOST_TRIALS] for cell in cells))
+        files = islice((file for rank in trials for file in rank if file), MOST_RECORDS)
+        for file in chain(files, sorted(layout.root.glob("warm/*/record.json"))):
             with suppress(RecordError):
                 yield load_record(file)
 
@@ -204,12 +205,12 @@ def _joules(record: Record, cell: Cell) -> float | None:
 
 
 def _estimates(plan: Plan, pasts: Sequence[Past]) -> Iterator[Estimate]:
-    groups: dict[tuple[Any, ...], list[Past]] = defaultdict(list)
+    groups: dict[tuple[Any, ...], dict[frozenset[tuple[str, str]], list[Past]]] = defaultdict(lambda: defaultdict(list))
     for past in pasts:
-        groups[_same(past.cell)].append(past)
+        groups[_same(past.cell)][_content(past.cell)].append(past)
     planned = [(cell, plan.trials) for cell in plan.cells.values()] + [(warm.cell, 1) for warm in plan.warm if warm.cell]
     for cell, trials in planned:
-        yield _estimate(cell, trials, groups.get(_same(cell), ()))
+        yield _estimate(cell, trials, groups.get(_same(cell), {}))
 
 
 def _same(cell: Cell) -> tuple[Any, ...]:
@@ -217,14 +218,18 @@ def _same(cell: Cell) -> tuple[Any, ...]:
     return (*(content[name] for name in SAME), content.get("steps") is None)
 
 
-def _estimate(cell: Cell, trials: int, pasts: Sequence[Past]) -> Estimate:
+def _estimate(cell: Cell, trials: int, pasts: Mapping[frozenset[tuple[str, str]], list[Past]]) -> Estimate:
+    """From the cells with the fewest other settings, and of these those with the nearest work."""
     if not pasts:
         return Estimate(cell=cell, trials=trials, kind="unknown")
-    same = [past for past in pasts if past.cell == cell]
-    if same:
+    content = _content(cell)
+    apart = {key: len(key ^ content) for key in pasts}
+    least = min(apart.values())
+    near = [past for key, found in pasts.items() if apart[key] == least for past in found]
+    if same := [past for past in near if past.cell == cell]:
         return _from(same, cell, trials, KINDS[0])
-    gaps = [_distance(past.cell, cell) for past in pasts]
-    return _from([past for past, gap in zip(pasts, gaps, strict=True) if gap == min(gaps)], cell, trials, KINDS[1])
+    gaps = [abs(_work(past.cell) / _work(cell) - 1) for past in near]
+    return _from([past for past, gap in zip(near, gaps, strict=True) if gap == min(gaps)], cell, trials, KINDS[1])
 
 
 def _from(pasts: Sequence[Past], cell: Cell, trials: int, kind: str) -> Estimate:
@@ -234,15 +239,9 @@ def _from(pasts: Sequence[Past], cell: Cell, trials: int, kind: str) -> Estimate
     return Estimate(cell=cell, trials=trials, kind=kind, seconds=median(seconds), joules=median(known) if known else None)
 
 
-def _distance(one: Cell, other: Cell) -> tuple[int, float]:
-    """How many settings differ that are no work, then how far the work is apart."""
-    first, second = (_kept(identity(cell)) for cell in (one, other))
-    differ = sum(first.get(name) != second.get(name) for name in first.keys() | second.keys())
-    return differ, abs(_work(one) / _work(other) - 1)
-
-
-def _kept(content: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in content.items() if name not in NO_MATTER}
+def _content(cell: Cell) -> frozenset[tuple[str, str]]:
+    """What tells the cell from others, without the work in it and what costs no time."""
+    return frozenset((name, str(value)) for name, value in identity(cell).items() if name not in NO_MATTER)
 
 
 def _work(cell: Cell) -> float:
