@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from bench.cell import Cell, PpoSettings
 from bench.measure.activations import KEPT, cache_bytes, head_bytes, kept_bytes, layer_bytes
-from bench.measure.flops import Sequences
+from bench.measure.flops import CACHE_BYTES, Sequences
 from bench.measure.shape import Network, Shape
 from bench.needs import model_states, networks
 from bench.strategies.base import Strategy, all_strategies
@@ -45,14 +45,26 @@ class Moment:
 
 
 def peak_moment(cell: Cell, shape: Shape, *, length: float | None = None, heads: float | None = None) -> Moment | None:
-    """The largest moment of one rank; None for an architecture whose activations are not known.
+    """The largest moment of one rank; None for an architecture whose activations are not known, or a model split over ranks.
 
-    `length`: tokens of the longest micro-batch (default: as many as the cell allows); `heads`: positions of a micro-batch that the
-    language-model head computes (default: all of them).
+    Both are of a micro-batch of instructions or pairs (PPO: of the ptx loss), padding included. `length`: tokens of the longest
+    sequence (default: as many as the cell allows); `heads`: positions that the language-model head computes (default: all).
     """
     if shape.model_type not in KEPT or cell.model_parallel_size > 1:
         return None
-    return max(_moments(_Plan.of(cell, shape), length, heads), key=lambda moment: moment.bytes)
+    return max(moments(cell, shape, length=length, heads=heads), key=lambda moment: moment.bytes)
+
+
+def moments(cell: Cell, shape: Shape, *, length: float | None = None, heads: float | None = None) -> Iterator[Moment]:
+    """Every moment that may be the largest; arguments as of `peak_moment`."""
+    plan, settings = _Plan.of(cell, shape), cell.settings
+    rows = settings.micro_batch * (2 if cell.stage == "rm" else 1)
+    work = Sequences(count=rows, length=min(length or settings.sequence_length, settings.sequence_length))
+    positions = work.positions if heads is None else heads
+    if isinstance(settings, PpoSettings):
+        yield from _ppo_moments(plan, settings, work, positions)
+    else:
+        yield from _training(plan, next(iter(plan.models)), work, positions)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,12 +81,16 @@ class _Plan:
         return cls(cell=cell, shape=shape, strategy=all_strategies()[cell.strategy], models=networks(cell, shape))
 
     def states(self, *, gradients_of: str | None = None) -> int:
-        """Bytes of weights and optimizer states of all models on the device, and of the gradients of one."""
+        """Bytes of weights and optimizer states of all models on the device, and of the gradients of one.
+
+        Gemini's chunks of accumulated gradients are never given back, so those of all models count.
+        """
+        always = self.strategy.uses_colossalai and "parameters" in self.strategy.sharded and self.cell.accumulation > 1
         found = 0
         for role, model in self.models.items():
-            parts = zip(("parameters", "gradients", "optimizer"), model_states(model, self.cell, self.strategy.sharded), strict=True)
-            there = {what: size for what, size in parts if what not in self.strategy.offloaded}
-            found += there.get("parameters", 0) + there.get("optimizer", 0) + (there.get("gradients", 0) if role == gradients_of else 0)
+            weights, gradients, optimizer = model_states(model, self.cell, self.strategy.sharded)
+            there = {"parameters": weights, "optimizer": optimizer, "gradients": gradients if always or role == gradients_of else 0}
+            found += sum(size for what, size in there.items() if what not in self.strategy.offloaded)
         return found
 
     def step_bytes(self, model: Network) -> float:
@@ -91,18 +107,6 @@ class _Plan:
         return float(elements * (copies + roots))
 
 
-def _moments(plan: _Plan, length: float | None, heads: float | None) -> Iterator[Moment]:
-    """Every moment that may be the largest."""
-    if isinstance(plan.cell.settings, PpoSettings):
-        yield from _ppo_moments(plan)
-    else:
-        settings = plan.cell.settings
-        role = next(iter(plan.models))
-        count = settings.micro_batch * (2 if plan.cell.stage == "rm" else 1)
-        work = Sequences(count=count, length=min(length or settings.sequence_length, settings.sequence_length))
-        yield from _training(plan, role, work, work.positions if heads is None else heads)
-
-
 def _training(plan: _Plan, role: str, work: Sequences, heads: float, beside: float = 0.0) -> Iterator[Moment]:
     """The moments of one model's training step; `beside`: bytes that lie there while its loss is computed."""
     model, settings = plan.models[role], plan.cell.settings
@@ -114,26 +118,19 @@ def _training(plan: _Plan, role: str, work: Sequences, heads: float, beside: flo
     yield Moment(name=f"step of the {role}", state_bytes=plan.states(gradients_of=role), work_bytes=plan.step_bytes(model))
 
 
-def _ppo_moments(plan: _Plan) -> Iterator[Moment]:
-    settings = plan.cell.settings
-    assert isinstance(settings, PpoSettings)
+def _ppo_moments(plan: _Plan, settings: PpoSettings, ptx: Sequences, ptx_positions: float) -> Iterator[Moment]:
+    """`ptx` is a micro-batch of the ptx loss, whose backward pass comes first, while PPO's own layers and logits are still there."""
     whole, precision = settings.prompt_length + settings.response_length, settings.precision
-    work = Sequences(count=settings.micro_batch, length=whole)
-    responses = settings.micro_batch * settings.response_length
-    yield from _training(plan, "policy", work, responses, _ptx_bytes(plan))
+    work, responses = Sequences(count=settings.micro_batch, length=whole), settings.micro_batch * settings.response_length
+    if settings.ptx_coef:
+        kept = kept_bytes(plan.models["policy"], work, precision, checkpointing=settings.activation_checkpointing)
+        logits = CACHE_BYTES[precision] * responses * plan.shape.vocabulary
+        yield from _training(plan, "policy", ptx, ptx_positions, kept + logits)
+    else:
+        yield from _training(plan, "policy", work, responses)
     yield from _training(plan, "critic", work, 0)
     scoring = head_bytes(plan.shape, responses, precision, gradient=False)
     yield Moment(name="scoring", state_bytes=plan.states(), work_bytes=scoring)
     rows = settings.prompts_per_iteration * plan.cell.step_batch // settings.global_batch / plan.cell.data_parallel_size
     cache = cache_bytes(plan.shape, sequences=rows, length=whole, precision=precision)
     yield Moment(name="rollout", state_bytes=plan.states(), work_bytes=cache + DRAW_BYTES * rows * plan.shape.vocabulary)
-
-
-def _ptx_bytes(plan: _Plan) -> float:
-    """What the ptx loss keeps while PPO's own is still there."""
-    settings = plan.cell.settings
-    if not isinstance(settings, PpoSettings) or settings.ptx_coef == 0:
-        return 0.0
-    work = Sequences(count=settings.micro_batch, length=settings.sequence_length)
-    kept = kept_bytes(plan.models["policy"], work, settings.precision, checkpointing=settings.activation_checkpointing)
-    return kept + head_bytes(plan.shape, work.positions, settings.precision)

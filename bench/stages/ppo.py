@@ -159,6 +159,8 @@ class Ppo:
         self._ptx = PtxRows(trial, self._tokenizer, place) if settings.ptx_coef > 0 else None
         self._models = build_models(trial, strategy, place)
         self.facts = self._models.facts
+        if self._ptx:
+            self.facts["longest_sequence"] = self._ptx.longest(self.total * self._steps)
         self.engines = {"policy": self._models.policy, "critic": self._models.critic}
         self._clock = PhaseClock(place.device)
         self._engine = self._rollout_engine()
@@ -384,6 +386,10 @@ class PtxRows:
         self._order = collate.RowOrder(len(rows), batch=self._cell.step_batch, seed=trial.seed)
         self._fill = collate.padding_id(tokenizer)
         self._work: dict[str, int] = {}
+
+    def longest(self, steps: int) -> int:
+        """Tokens of the longest row that the first `steps` steps touch."""
+        return max(len(self._sequences[row].ids) for row in self._order.used(steps))
 
     def take_work(self) -> dict[str, int]:
         """What this rank computed since the last call, under the names of SFT's counts with `ptx_` in front."""

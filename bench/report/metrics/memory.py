@@ -67,14 +67,31 @@ def unexplained_memory_gib(trial: Trial) -> float:
 
 @once
 def _largest_moment(trial: Trial) -> Moment:
-    shape, window = shape_in(trial), trial.window
-    loss_tokens, sequences = (window.total(unit) if window else None for unit in ("loss_tokens", "sequences"))
-    heads = trial.cell.settings.micro_batch * loss_tokens / sequences if trial.cell.stage == "sft" and loss_tokens and sequences else None
-    longest = trial.lead.facts.get("longest_sequence")
-    found = peak_moment(trial.cell, shape, length=longest if isinstance(longest, int) else None, heads=heads)
+    shape = shape_in(trial)
+    found = peak_moment(trial.cell, shape, length=_longest(trial), heads=_per_micro_batch(trial, "loss_tokens"))
     if found is None:
         raise NoValue("no theory of the peak of a model that is split over ranks, or whose activations are not known")
     return found
+
+
+def _longest(trial: Trial) -> float | None:
+    """Tokens of the longest sequence, as the stage told it; None where the cell's own limit stands in for it.
+
+    Where nothing was told and sequences are far shorter than the limit, the mean to which micro-batches were padded: a lower bound.
+    """
+    settings, told = trial.cell.settings, trial.lead.facts.get("longest_sequence")
+    if isinstance(told, int):
+        return told
+    rows, padded = settings.micro_batch * (2 if trial.cell.stage == "rm" else 1), _per_micro_batch(trial, "padded_tokens")
+    return padded / rows if padded and padded / rows < settings.sequence_length / 2 else None
+
+
+def _per_micro_batch(trial: Trial, unit: str) -> float | None:
+    """Mean units of a micro-batch (PPO: of the ptx loss); None where they are not counted."""
+    prefix, settings = "ptx_" if trial.cell.stage == "ppo" else "", trial.cell.settings
+    units, sequences = (trial.window.total(prefix + name) if trial.window else None for name in (unit, "sequences"))
+    rows = settings.micro_batch * (2 if trial.cell.stage == "rm" else 1)
+    return rows * units / sequences if units is not None and sequences else None
 
 
 def _allocated(trial: Trial) -> int:

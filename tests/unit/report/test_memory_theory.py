@@ -8,7 +8,7 @@ import pytest
 
 from bench.cell import Cell
 from bench.measure.shape import shape_of
-from bench.peak_memory import peak_moment
+from bench.peak_memory import moments, peak_moment
 from bench.report.inventory import Row, read_inventory
 from bench.report.metrics import Trial
 from tests.unit.report.trial_factory import GIB, make_cell, make_record
@@ -110,13 +110,37 @@ def test_what_is_not_known_has_a_reason() -> None:
         assert trial.values[name].reason == "the sizes of /models/mine are not known here: it is no preset"
 
 
-def test_the_longest_sequence_that_a_stage_tells_is_taken() -> None:
-    cell = make_cell("rm", lora_rank=8, **{**GPU, "micro_batch": 8, "global_batch": 8})
+def theory_of(cell: Cell, **facts: Any) -> float:
     record = make_record(cell)
-    told = dataclasses.replace(record.parts[0], facts={**record.parts[0].facts, "longest_sequence": 128})
-    values = [Trial(Row(it, cell, "a")).values for it in (record, dataclasses.replace(record, parts=[told]))]
-    longest, short = (item["theory_peak_gib"].number for item in values)
-    assert longest is not None
-    assert short is not None
-    assert short == pytest.approx(bytes_of(cell, length=128)[1] / GIB)
-    assert short < longest
+    told = dataclasses.replace(record.parts[0], facts={**record.parts[0].facts, **facts})
+    value = Trial(Row(dataclasses.replace(record, parts=[told]), cell, "a")).values["theory_peak_gib"].number
+    assert value is not None
+    return value
+
+
+@pytest.mark.parametrize(("limit", "facts", "taken"), [(200, {}, 200), (200, {"longest_sequence": 128}, 128), (1000, {}, 120)])
+def test_the_longest_sequence_is_told_or_the_limit_or_at_least_the_mean(limit: int, facts: dict[str, Any], taken: int) -> None:
+    """The factory's micro-batches are padded to 120 tokens; a limit far above that says nothing."""
+    cell = make_cell("sft", lora_rank=8, sequence_length=limit, **{**GPU, "micro_batch": 8, "global_batch": 8})
+    assert theory_of(cell, **facts) == pytest.approx(bytes_of(cell, length=taken, heads=8 * 60)[1] / GIB)
+
+
+def test_the_ptx_loss_comes_on_top_of_ppos_own_layers_and_logits() -> None:
+    """BLOOM-560m, LoRA 16, 8 x 128 positions of PPO, of which half are responses, and 8 x 200 of ptx."""
+    shared = {**GPU, "micro_batch": 8, "global_batch": 8, "lora_rank": 16, "sequence_length": 256}
+    mixed, alone = make_cell("ppo", ptx_coef=0.1, ptx="synthetic-instruct", **shared), make_cell("ppo", **shared)
+    layers = 24 * 8 * (128 * 2 * (16 * 1024 + 4 * 16) + 6 * 16 * 128**2)
+    logits = 2 * 8 * 64 * 250_880
+    sft = bytes_of(make_cell("sft", **shared), length=200, heads=500)[1] - 2 * PARAMETERS - 14 * 6_291_456
+    found, without = bytes_of(mixed, length=200, heads=500), bytes_of(alone)
+    assert found[0] == without[0] == "loss of the policy"
+    four_models = found[1] - sft - layers - logits
+    assert four_models == pytest.approx(without[1] - layers - 2 * logits - 3 * 4 * (267 * 250_880))
+
+
+def test_chunks_of_accumulated_gradients_stay() -> None:
+    once, often = (make_cell("ppo", "gemini", **{**GPU, "micro_batch": 8, "global_batch": batch}) for batch in (8, 16))
+    shape = shape_of("bloom-560m")
+    assert shape is not None
+    state = {cell.settings.global_batch: {it.name: it.state_bytes for it in moments(cell, shape)} for cell in (once, often)}
+    assert state[16]["scoring"] - state[8]["scoring"] == pytest.approx(2 * 2 * PARAMETERS, rel=1e-5)
