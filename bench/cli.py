@@ -62,7 +62,7 @@ def plan(
     results: Results = Path("results"),
     price: Annotated[float | None, typer.Option(min=0, help="Price of a device-hour, to say what the plan costs.")] = None,
 ) -> None:
-    """Show what a suite means: cells, blocks, what each needs, what its trials can claim and cost, and what is skipped and why."""
+    """Show what a suite means. Cells, blocks, what each needs, what its trials can claim and cost, what is skipped and why."""
     from bench.layout import Layout
     from bench.matrix import make_plan, plan_to_json, save_plan
     from bench.plan_text import command_text, plan_text
@@ -92,7 +92,7 @@ def report(
 
 @app.command()
 def block(target: Annotated[Path, typer.Argument(help="The file to make: results/SUITE/blocks/BLOCK.json.")]) -> None:
-    """Run one block of a plan: one repetition of a comparison set. (Snakemake calls this.)"""
+    """Run one block of a plan. It is one repetition of a comparison set; Snakemake calls this."""
     from bench.launch.block import run_block
 
     raise typer.Exit(run_block(target))
@@ -100,7 +100,7 @@ def block(target: Annotated[Path, typer.Argument(help="The file to make: results
 
 @app.command()
 def warm(target: Annotated[Path, typer.Argument(help="The file to make: results/SUITE/warm/KEY/done.json.")]) -> None:
-    """Make one warm start of a plan: a tokenizer, or the weights that cells begin from. (Snakemake calls this.)"""
+    """Make one warm start of a plan. It is a tokenizer, or weights that cells begin from; Snakemake calls this."""
     from bench.launch.block import run_warm
 
     raise typer.Exit(run_warm(target))
@@ -113,7 +113,7 @@ def trial(
     ],
     record: Annotated[Path, typer.Option(help="Where the record goes.")],
 ) -> None:
-    """Run one trial by hand, supervised, and leave its record."""
+    """Run one trial by hand, supervised. It leaves its record, as in a suite."""
     from bench.launch.block import run_single
 
     raise typer.Exit(run_single(trial_file, record))
@@ -125,12 +125,16 @@ def retry(
     outcome: Annotated[str, typer.Option(help="Outcomes to repeat, with commas between: error,timeout.")] = "error,timeout",
     results: Results = Path("results"),
 ) -> None:
-    """Set records with these outcomes aside, and warm starts that failed so; the next run repeats them."""
+    """Let the next run repeat trials that failed. Records and warm starts with these outcomes are set aside, not deleted."""
     from bench.launch.retry import set_outcomes_aside
 
-    records, warm = set_outcomes_aside(suite, set(outcome.split(",")), results)
+    outcomes = set(outcome.split(","))
+    records, warm = set_outcomes_aside(suite, outcomes, results)
     seen = [f"{count} {what}{'' if count == 1 else 's'}" for count, what in ((records, "record"), (warm, "warm start")) if count]
-    typer.echo(f"{' and '.join(seen)} set aside; `coati-bench run {suite}` repeats them" if seen else "no record has such an outcome")
+    if seen:
+        typer.echo(f"{' and '.join(seen)} set aside; `coati-bench run {suite}` repeats them")
+    else:
+        typer.echo(f"no record or warm start of {suite} ended as {' or '.join(sorted(outcomes))}; nothing was set aside")
 
 
 @app.command()
@@ -141,7 +145,7 @@ def compare(
     junit: Annotated[Path | None, typer.Option(help="Also write the verdicts here, for a CI server.")] = None,
     allow_differences: Annotated[bool, typer.Option("--allow-differences", help="Compare although settings that matter differ.")] = False,
 ) -> None:
-    """Compare two sets of records, cell by cell; below results/references the baseline is a reference band. Exit code 1: a regression."""
+    """Compare two sets of records, cell by cell. Below results/references the baseline is a reference band. Exit code 1: a regression."""
     from bench.report.compare import compare as judge
 
     raise typer.Exit(judge(baseline, candidate, markdown=markdown, junit=junit, allow_differences=allow_differences))
@@ -153,7 +157,7 @@ def reproduce(
     anyway: Annotated[bool, typer.Option("--anyway", help="Go on although lock, data or versions differ.")] = False,
     results: Results = Path("results"),
 ) -> None:
-    """Run the trial of a record again, and say whether its value lies in the old interval."""
+    """Run the trial of a record again. Says whether its value lies in the old interval."""
     from bench.reproduce import reproduce as repeat
 
     raise typer.Exit(repeat(record, anyway=anyway, results=results))
@@ -161,7 +165,7 @@ def reproduce(
 
 @app.command()
 def doctor(format: Format = "text") -> None:
-    """Say what this machine has, what it can run, and what is missing."""
+    """Say what this machine has and can run. And what is missing for the rest."""
     from bench.doctor import run_doctor
 
     raise typer.Exit(run_doctor(format=_format(format)))
@@ -174,7 +178,7 @@ def suite_from_command(
     ],
     output: Annotated[Path | None, typer.Option(help="Write the suite here; it must not exist. Else it is printed.")] = None,
 ) -> None:
-    """Turn an old command line into a suite, and say what could not be carried over and why."""
+    """Turn an old command line into a suite. Says what could not be carried over and why."""
     from bench.from_command import write_suite
 
     write_suite(command, output)

@@ -118,6 +118,8 @@ def _check_installation(profile: str, root: Path) -> Path:
         raise UserError(f"--profile {profile}: there is no such profile; choose among {', '.join(known)}")
     if not Path(sys.executable).with_name("coati-bench").exists():
         raise MachineError(f"coati-bench is not installed beside {sys.executable}, and rules call it by name; `make install` installs it")
+    if root.parent.exists() and not root.parent.is_dir():
+        raise UserError(f"--results {root.parent}: a file is there; name a folder, which need not exist yet")
     if set("{}\n") & set(str(root)):
         raise UserError(f"--results {root.parent}: Snakemake takes braces in a path for wildcards; choose another folder")
     return profiles / profile

@@ -216,3 +216,9 @@ def test_an_unknown_profile_is_refused_with_the_known_ones(tmp_path: Path) -> No
 def test_results_in_a_folder_that_snakemake_takes_for_wildcards_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="braces"):
         workflow._check_installation("local", tmp_path / "{x}" / "tiny")
+
+
+def test_a_file_in_the_place_of_the_results_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "results").write_text("a file", encoding="utf-8")
+    with pytest.raises(UserError, match=r"--results .*results: a file is there; name a folder"):
+        workflow._check_installation("local", tmp_path / "results" / "tiny")
