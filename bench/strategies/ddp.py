@@ -12,6 +12,7 @@ from bench.strategies.replicated import ReplicatedEngine
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from torch.nn.parallel import DistributedDataParallel
 
 
 class DdpEngine(ReplicatedEngine):
@@ -42,6 +43,17 @@ def defer_reduction(ddp: Any) -> None:
 
 def arm_reduction(ddp: Any) -> None:
     """What DDP's forward does outside `no_sync()`: arm the hooks that reduce each bucket as it fills."""
+    ddp.reducer.prepare_for_forward()
+    ddp.reducer.prepare_for_backward([])
+
+
+def synchronise_when_armed(ddp: DistributedDataParallel) -> None:
+    """As inside `no_sync()`, for every forward pass: whether a micro-step is the last is known only at its backward pass."""
+    ddp.require_backward_grad_sync = ddp.require_forward_param_sync = False
+
+
+def arm(ddp: DistributedDataParallel) -> None:
+    """What DDP's forward pass does outside `no_sync()`: the backward pass that follows reduces each bucket as it fills."""
     ddp.reducer.prepare_for_forward()
     ddp.reducer.prepare_for_backward([])
 

@@ -121,7 +121,7 @@ class DeepSpeedZero(Strategy):
     """A stage of DeepSpeed's ZeRO with torch's AdamW."""
 
     precisions = frozenset(PRECISION)
-    requires = (Requirement("deepspeed", "0.18", extra="deepspeed"),)
+    requires = (Requirement("deepspeed", "0.19", extra="deepspeed"),)
     stage: ClassVar[int]
 
     def unsupported(self, cell: Cell) -> str | None:

@@ -10,7 +10,7 @@ from bench.record import Part
 from bench.strategies.base import all_strategies
 from tests.trials import only, run_forked, tiny_cell, tiny_trial
 
-STRATEGIES = ["deepspeed_zero2", "deepspeed_zero3", "fsdp"]
+STRATEGIES = ["deepspeed_zero2", "deepspeed_zero3", "fabric", "fsdp"]
 SIZES = {
     "sft": {"steps": 4, "global_batch": 8, "sequence_length": 64, "learning_rate": 1e-2},
     "rm": {"steps": 4, "global_batch": 8, "sequence_length": 64, "learning_rate": 5e-3},
@@ -19,7 +19,7 @@ SIZES = {
         "learning_rate": 1e-3, "ptx": "synthetic-instruct", "ptx_coef": 0.2, "ppo_epochs": 2, "lap_steps": 1,
     },
 }  # fmt: skip
-SERIES = {stage: ("loss", "gradient_norm") for stage in SIZES} | {
+SERIES = dict.fromkeys(SIZES, ("loss", "gradient_norm")) | {
     "ppo": ("loss", "gradient_norm", "critic_gradient_norm", "reward", "kl", "entropy", "value_loss", "policy_loss", "ptx_loss")
 }
 FIRST, LATER = 1e-5, 1e-4
