@@ -19,7 +19,7 @@ from bench.report.analysis import MEMORY
 from bench.report.bands import COSTS, Check, cost_check
 from bench.report.inventory import BadFile, cell_order
 from bench.report.metrics import primary_metric
-from bench.report.pairing import Measured, Side, nothing_common, pair_cells, read_cells, sorted_cells
+from bench.report.pairing import Measured, Side, nothing_common, other_settings, pair_cells, read_cells, sorted_cells
 from bench.report.parity import comparison_key
 from bench.report.provenance import without_paths
 from bench.report.repetition import Losses, repeat_of
@@ -41,7 +41,7 @@ class Change:
     baseline: Side
     candidate: Side
     differences: tuple[Difference, ...] = ()
-    """Conditions that were not the same."""
+    """Settings and conditions that were not the same."""
     broken: tuple[str, ...] = ()
     """Trials that were ok and are not."""
     lacking: tuple[int, ...] = ()
@@ -56,7 +56,7 @@ class Change:
     verdict: str = ""
     """Of the speed, or why there is none."""
     losses: Losses | None = None
-    """The worst over pairs of trials; None where no pair is ok."""
+    """The worst over pairs of trials; None where no pair is ok, or where other settings train otherwise anyway."""
     costs: tuple[Check, ...] = ()
     """Step time and memory against the reference band; none where the baseline is no reference."""
 
@@ -159,13 +159,14 @@ def compare_sets(baseline: Path, candidate: Path) -> Changes:
 def _change(before: list[Measured], after: list[Measured], *, bands: bool) -> Change:
     baseline, candidate = (Side({trial.row.record.trial: trial for trial in trials}) for trials in (before, after))
     memory_name, memory = _memory(baseline, candidate)
+    settings = other_settings(before[0].row.cell, after[0].row.cell)
     return Change(
         cell=after[0].row.cell, baseline=baseline, candidate=candidate,
-        differences=tuple(differences(map(_conditions, before), map(_conditions, after))),
+        differences=(*settings, *differences(map(_conditions, before), map(_conditions, after))),
         broken=tuple(_broken(baseline, candidate)), lacking=tuple(number for number in baseline.trials if number not in candidate.trials),
         speed=_speed(baseline, candidate), step_time=_ratio(baseline, candidate, "step_seconds"), memory=memory, memory_name=memory_name,
-        verdict=_why_no_speed(baseline, candidate), losses=_losses(baseline, candidate),
-        costs=_against_band(baseline, candidate) if bands else (),
+        verdict=_why_no_speed(baseline, candidate), losses=None if settings else _losses(baseline, candidate),
+        costs=_against_band(baseline, candidate) if bands and not settings else (),
     )  # fmt: skip
 
 

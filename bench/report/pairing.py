@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bench.cell import Cell, canonical_json, cell_to_json, identity
+from bench.cell import AXES, Cell, canonical_json, cell_to_json, identity
 from bench.errors import UserError
 from bench.layout import Layout
+from bench.measure.conditions import Difference
 from bench.report.analysis import MEMORY
 from bench.report.inventory import BadFile, Row, cell_order, read_inventory
 from bench.report.metrics import METRICS, NoValue, Trial, primary_metric
@@ -140,22 +141,40 @@ def final_metric(stage: str) -> str:
 
 
 def pair_cells(before: Mapping[str, list[Measured]], after: Mapping[str, list[Measured]]) -> Pairing:
-    """Cells that are the same, then those that differ in the place only, where there is no doubt which; and the rest of both."""
+    """Cells that are the same, then those that differ in the place only, then those of the same axes, where there is no doubt which.
+
+    And the rest of both. Whether cells that differ may be compared is another question: see `other_settings`.
+    """
     pairs = [(key, key) for key in before if key in after]
-    loose = [_loosely(before, after), _loosely(after, before)]
-    pairs += [(keys[0], loose[1][name][0]) for name, keys in loose[0].items() if len(keys) == len(loose[1].get(name, ())) == 1]
+    for alike in (_without_place, _axes):
+        groups = _grouped(before, {first for first, _ in pairs}, alike), _grouped(after, {second for _, second in pairs}, alike)
+        pairs += [(keys[0], groups[1][name][0]) for name, keys in groups[0].items() if len(keys) == len(groups[1].get(name, ())) == 1]
     used = ({first for first, _ in pairs}, {second for _, second in pairs})
     return pairs, [key for key in before if key not in used[0]], [key for key in after if key not in used[1]]
 
 
-def _loosely(cells: Mapping[str, list[Measured]], others: Mapping[str, list[Measured]]) -> dict[str, list[str]]:
-    """Keys of the cells that `others` lacks, by identity without the settings of the place."""
-    found: dict[str, list[str]] = defaultdict(list)
+def _grouped(cells: Mapping[str, list[Measured]], used: set[str], alike: Callable[[Cell], Hashable]) -> dict[Hashable, list[str]]:
+    """Keys of the cells that are not used yet, by what makes them alike."""
+    found: dict[Hashable, list[str]] = defaultdict(list)
     for key, rows in cells.items():
-        if key not in others:
-            content = identity(rows[0].row.cell)
-            found[canonical_json({name: value for name, value in content.items() if name not in SETTINGS_OF_THE_PLACE})].append(key)
+        if key not in used:
+            found[alike(rows[0].row.cell)].append(key)
     return found
+
+
+def _without_place(cell: Cell) -> Hashable:
+    return canonical_json({name: value for name, value in identity(cell).items() if name not in SETTINGS_OF_THE_PLACE})
+
+
+def _axes(cell: Cell) -> Hashable:
+    return tuple(getattr(cell, axis) for axis in AXES)
+
+
+def other_settings(before: Cell, after: Cell) -> tuple[Difference, ...]:
+    """Settings that two cells of the same axes do not share; those of the place are conditions of their trials anyway."""
+    first, second = cell_to_json(before), cell_to_json(after)
+    names = [name for name in first if name not in SETTINGS_OF_THE_PLACE and first[name] != second.get(name)]
+    return tuple(Difference(name, str(first[name]), str(second.get(name))) for name in names)
 
 
 def sorted_cells(groups: Iterable[list[Measured]]) -> tuple[Cell, ...]:
@@ -164,20 +183,6 @@ def sorted_cells(groups: Iterable[list[Measured]]) -> tuple[Cell, ...]:
 
 
 def nothing_common(baseline: Path, candidate: Path, before: Mapping[str, list[Measured]], after: Mapping[str, list[Measured]]) -> str:
-    """What to tell the user, with the setting that differs, if that is it."""
-    text = f"{baseline} and {candidate} have no cell in common; seen: {len(before)} and {len(after)} cells"
-    near = next(_near(before, after), None)
-    return f"{text}{f'; cells of the same axes differ in {near}' if near else ''}; two runs of the same suite would be right"
-
-
-def _near(before: Mapping[str, list[Measured]], after: Mapping[str, list[Measured]]) -> Iterator[str]:
-    """What tells cells of the same axes apart."""
-    first = {_axes(rows[0].row.cell): cell_to_json(rows[0].row.cell) for rows in before.values()}
-    for rows in after.values():
-        if theirs := first.get(_axes(rows[0].row.cell)):
-            mine = cell_to_json(rows[0].row.cell)
-            yield ", ".join(f"{name} ({theirs[name]} / {mine[name]})" for name in mine if mine[name] != theirs[name])
-
-
-def _axes(cell: Cell) -> tuple[object, ...]:
-    return cell.stage, cell.model, cell.strategy, cell.lora_rank, cell.nodes, cell.processes_per_node
+    """What to tell the user."""
+    seen = f"{len(before)} and {len(after)} cells, of which no two share stage, model, strategy, LoRA rank and ranks"
+    return f"{baseline} and {candidate} have no cell in common; seen: {seen}; two runs of the same suite would be right"

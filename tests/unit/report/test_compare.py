@@ -230,10 +230,35 @@ def test_other_data_under_the_same_name_is_refused(tmp_path: Path) -> None:
         compare(*both(tmp_path, [good], [other]))
 
 
-def test_sets_without_a_common_cell_are_refused_and_the_setting_is_named(tmp_path: Path) -> None:
-    other = make_cell("sft", "naive", device="cuda", model="bloom-560m", precision="bf16-master", steps=90)
-    with pytest.raises(UserError, match=r"no cell in common; seen: 1 and 1 cells; cells of the same axes differ in steps \(60 / 90\)"):
-        compare(*both(tmp_path, [record(NAIVE)], [record(other)]))
+def other_batch(strategy: str = "naive", **rest: Any) -> Cell:
+    return make_cell(
+        "sft", strategy, **{"device": "cuda", "model": "bloom-560m", "precision": "bf16-master", "steps": 60, "micro_batch": 4} | rest
+    )
+
+
+def test_another_setting_is_refused_and_named_unless_allowed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A larger micro-batch: tokens/s may be compared on demand, losses are not expected to be the same."""
+    fast = [record(other_batch(), k, slower=0.8) for k in range(7)]
+    sets = both(tmp_path, [record(NAIVE, k) for k in range(7)], [with_losses(item, [9.0] * 60) for item in fast])
+    with pytest.raises(UserError, match=r"  micro_batch: 2 / 4 \(1 of 1 cells\)"):
+        compare(*sets)
+    assert compare(*sets, allow_differences=True) == 0
+    [change] = compare_sets(*sets).cells
+    assert (change.verdict, change.losses) == ("faster", None)
+    assert "- micro_batch: 2 / 4 (1 cell; baseline / candidate)" in capsys.readouterr().out
+
+
+def test_cells_of_the_same_axes_are_paired_only_where_there_is_no_doubt(tmp_path: Path) -> None:
+    """Two candidates could be the baseline's other one; ZERO2 is the same in both."""
+    after = [record(ZERO2), record(other_batch()), record(other_batch(micro_batch=8))]
+    changes = compare_sets(*both(tmp_path, [record(ZERO2), record(NAIVE)], after))
+    assert [change.cell.strategy for change in changes.cells] == ["zero2"]
+    assert (len(changes.only_baseline), len(changes.only_candidate)) == (1, 2)
+
+
+def test_sets_without_a_common_cell_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no cell in common; seen: 1 and 1 cells, of which no two share stage, model"):
+        compare(*both(tmp_path, [record(NAIVE)], [record(ZERO2)]))
 
 
 def test_folders_without_records_are_refused(tmp_path: Path) -> None:
