@@ -24,7 +24,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "host_peak_gib",
     ),
     "Energy and cost": (
-        "energy_joules", "energy_per_1000_loss_tokens", "energy_per_iteration", "device_hours_per_million_loss_tokens",
+        "energy_per_1000_loss_tokens", "energy_per_iteration", "energy_joules", "trial_energy_per_1000_loss_tokens",
+        "trial_energy_per_iteration", "device_hours_per_million_loss_tokens",
         "device_hours_per_1000_iterations", "cost_per_million_loss_tokens", "cost_per_1000_iterations",
     ),
 }  # fmt: skip

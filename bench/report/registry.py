@@ -155,7 +155,7 @@ class Trial:
             return "the nodes were simulated on one machine"
         if self.record.launcher != "torchrun":
             return f"ranks were started by {self.record.launcher}, which makes no timing claims"
-        if any(flag.startswith("resumed") for flag in self.record.flags):
+        if self.record.resumed_step is not None:
             return "the trial was stopped and went on later"
         return None
 

@@ -7,7 +7,8 @@ from bench.report.registry import NoValue, Trial, metric
 from bench.report.windows import counting_parts
 
 LOSS_STAGES = ("sft", "rm")
-WHOLE = "energy of the whole trial over all its laps, warm-up included"
+LAPS = "NVML total energy counter, interpolated at the edges of the laps"
+WHOLE = "NVML total energy counter over the whole trial, over the work of all its laps"
 PRICE = "device-hours x `report --price`"
 
 
@@ -22,26 +23,47 @@ def energy_joules(trial: Trial) -> float:
     return sum(values)
 
 
-def _counted(trial: Trial, unit: str) -> int:
-    """Units of all laps of the trial and its data-parallel ranks; NoValue if there are none."""
-    found = sum(lap.counts.get(unit, 0) for part in counting_parts(trial.record.parts) for lap in part.laps)
-    if not found:
-        raise NoValue(f"the trial counted no {unit}")
-    return found
+def window_energy(trial: Trial) -> float:
+    """Joules of all devices over the timed window; NoValue where a lap's energy is not known."""
+    window, devices = trial.timed(), trial.record.observed.get("devices")
+    found = [device.get("laps_energy_joules") for device in devices.values()] if isinstance(devices, dict) else []
+    laps = len(trial.lead.laps)
+    if not found or any(not isinstance(energies, list) or len(energies) != laps for energies in found):
+        raise NoValue("the energy of the laps was not recorded")
+    joules = [energy for energies in found for energy in energies[window.dropped : window.dropped + len(window.steps_by_lap)]]
+    if any(energy is None for energy in joules):
+        raise NoValue("a device's energy counter was not read on both sides of a lap")
+    return float(sum(joules))
 
 
-@metric(title="energy per 1,000 loss tokens", unit="J", direction="lower", source=WHOLE, stages=LOSS_STAGES, clocked=True)
+@metric(title="energy per 1,000 loss tokens", unit="J", direction="lower", source=LAPS, stages=LOSS_STAGES, clocked=True)
 def energy_per_1000_loss_tokens(trial: Trial) -> float:
-    """Energy over thousands of loss tokens. The counter runs from start to end, so loading and evaluation are in it, and short trials look
-    dearer than long ones.
-    """
-    return energy_joules(trial) / _counted(trial, "loss_tokens") * 1000
+    """Energy of all devices over the timed window, for a thousand of its loss tokens."""
+    return window_energy(trial) / trial.total("loss_tokens") * 1000
 
 
-@metric(title="energy per iteration", unit="J", direction="lower", source=WHOLE, stages=("ppo",), clocked=True)
+@metric(title="energy per iteration", unit="J", direction="lower", source=LAPS, stages=("ppo",), clocked=True)
 def energy_per_iteration(trial: Trial) -> float:
-    """Energy over iterations. The counter runs from start to end, so loading and evaluation are in it, and short trials look dearer than
-    long ones.
+    """Energy of all devices over the timed window, for one of its iterations."""
+    return window_energy(trial) / trial.timed().steps
+
+
+@metric(title="trial's energy per 1,000 loss tokens", unit="J", direction="lower", source=WHOLE, stages=LOSS_STAGES, clocked=True)
+def trial_energy_per_1000_loss_tokens(trial: Trial) -> float:
+    """Energy of the whole trial for a thousand of its loss tokens: start, loading and evaluation are in it, so short trials look dearer
+    than long ones.
+    """
+    parts = counting_parts(trial.record.parts)
+    tokens = sum(lap.counts.get("loss_tokens", 0) for part in parts for lap in part.laps)
+    if not tokens:
+        raise NoValue("the trial counted no loss_tokens")
+    return energy_joules(trial) / tokens * 1000
+
+
+@metric(title="trial's energy per iteration", unit="J", direction="lower", source=WHOLE, stages=("ppo",), clocked=True)
+def trial_energy_per_iteration(trial: Trial) -> float:
+    """Energy of the whole trial for one of its iterations: start, loading and evaluation are in it, so short trials look dearer than long
+    ones.
     """
     iterations = max((sum(lap.steps for lap in part.laps) for part in trial.record.parts), default=0)
     if not iterations:

@@ -16,9 +16,12 @@ from tests.unit.report.trial_factory import make_cell, make_record, write
 GPU: dict[str, Any] = {"device": "cuda", "model": "bloom-560m", "precision": "bf16-master"}
 
 
-def trial_of(cell: Cell, *, joules: tuple[float | None, ...] = (), price: float | None = None, seconds: float = 0.5) -> Trial:
+def trial_of(
+    cell: Cell, *, joules: tuple[float | None, ...] = (), laps: list[Any] | None = None, price: float | None = None, seconds: float = 0.5
+) -> Trial:
+    """`joules` and `laps`: energy of the whole trial and of each lap, of each device."""
     record = make_record(cell, seconds=seconds)
-    devices = {f"GPU-{index}": {"energy_joules": value} for index, value in enumerate(joules)}
+    devices = {f"GPU-{index}": {"energy_joules": value, "laps_energy_joules": laps} for index, value in enumerate(joules)}
     observed = {**record.observed, "devices": devices}
     return Trial(Row(dataclasses.replace(record, observed=observed), cell, "a.json"), Given(price=price))
 
@@ -29,15 +32,43 @@ def number(trial: Trial, name: str) -> float:
     return value.number
 
 
-def test_energy_of_a_thousand_loss_tokens() -> None:
-    """50 steps of 8 rows with 60 loss tokens each, warm-up included: 24,000; two ranks share them."""
-    assert number(trial_of(make_cell("sft", steps=50, **GPU), joules=(1200.0,)), "energy_per_1000_loss_tokens") == 50.0
+SFT = make_cell("sft", steps=50, **GPU)
+PPO = make_cell("ppo", iterations=8, **GPU)
+
+
+def test_energy_of_a_thousand_loss_tokens_is_that_of_the_window() -> None:
+    """10 laps of 5 steps of 8 rows with 60 loss tokens each, 5 of them warm-up; the warm-up takes more."""
+    laps = [*[900.0] * 5, *[120.0] * 5]
+    assert number(trial_of(SFT, joules=(9000.0,), laps=laps), "energy_per_1000_loss_tokens") == 50.0
     two = make_cell("sft", "ddp", nodes=2, steps=50, **GPU)
-    assert number(trial_of(two, joules=(600.0, 600.0)), "energy_per_1000_loss_tokens") == 50.0
+    assert number(trial_of(two, joules=(1.0, 1.0), laps=laps), "energy_per_1000_loss_tokens") == 100.0
 
 
-def test_energy_of_an_iteration() -> None:
-    assert number(trial_of(make_cell("ppo", iterations=8, **GPU), joules=(4000.0,), seconds=20.0), "energy_per_iteration") == 500.0
+def test_energy_of_an_iteration_is_that_of_the_window() -> None:
+    trial = trial_of(PPO, joules=(1.0,), laps=[5000.0, 4000.0, *[500.0] * 6], seconds=20.0)
+    assert number(trial, "energy_per_iteration") == 500.0
+
+
+def test_energy_of_the_whole_trial_over_all_its_work() -> None:
+    """50 steps of 480 loss tokens; 8 iterations."""
+    assert number(trial_of(SFT, joules=(1200.0,)), "trial_energy_per_1000_loss_tokens") == 50.0
+    assert number(trial_of(PPO, joules=(4000.0,), seconds=20.0), "trial_energy_per_iteration") == 500.0
+
+
+@pytest.mark.parametrize(
+    ("laps", "reason"),
+    [
+        (None, "the energy of the laps was not recorded"),
+        ([1.0] * 9, "the energy of the laps was not recorded"),
+        ([*[1.0] * 9, None], "a device's energy counter was not read on both sides of a lap"),
+    ],
+)
+def test_laps_without_energy_have_a_reason(laps: list[Any] | None, reason: str) -> None:
+    assert trial_of(SFT, joules=(5.0,), laps=laps).values["energy_per_1000_loss_tokens"].reason == reason
+
+
+def test_energy_that_is_unknown_in_the_warm_up_only_does_not_matter() -> None:
+    assert number(trial_of(SFT, joules=(None,), laps=[None, *[120.0] * 9]), "energy_per_1000_loss_tokens") == 50.0
 
 
 @pytest.mark.parametrize(
@@ -50,7 +81,7 @@ def test_energy_of_an_iteration() -> None:
 )
 def test_no_counter_no_energy_and_a_reason(joules: tuple[float | None, ...], reason: str) -> None:
     trial = trial_of(make_cell("sft", steps=50, **GPU), joules=joules)
-    assert trial.values["energy_joules"].reason == trial.values["energy_per_1000_loss_tokens"].reason == reason
+    assert trial.values["energy_joules"].reason == trial.values["trial_energy_per_1000_loss_tokens"].reason == reason
 
 
 def test_device_hours_and_their_price() -> None:
