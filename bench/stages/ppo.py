@@ -122,6 +122,7 @@ def observe(rollout: Rollout, scored: Scored, returns_NR: Tensor) -> dict[str, T
         "response_tokens": tokens / sequences,
         "explained_variance": gae.explained_variance(errors, returns),
         "rollout_logprob_error": ((rollout.logp_BR - scored.logp_nR).abs() * mask_NR).max(),  # (36)
+        "rollout_kl": (k3(rollout.logp_BR, scored.logp_nR) * mask_NR).sum() / tokens,
     }
 
 
