@@ -102,6 +102,8 @@ class Settings:
     """Where the ranks compute."""
     launcher: Literal["torchrun", "fork"] = "torchrun"
     """How ranks are started: `torchrun` (measured) or `fork` (CPU only, no timing claims)."""
+    container: Name = "none"
+    """Where ranks run: `none` (this environment), an image of containers/images.toml by name, or an image's file (.sqfs)."""
 
 
 @dataclass(config=STRICT, frozen=True, slots=True, kw_only=True)
@@ -173,6 +175,9 @@ class PpoSettings(Settings):
     """Data of the language-model loss that is mixed into the policy's (instruction rows), or `none`."""
     ptx_coef: Share = 0.0
     """Policy loss = (1 - ptx_coef) x PPO + ptx_coef x ptx."""
+    frozen_placement: Literal["device", "host"] = "device"
+    """Where reference policy and reward model lie: on the `device`, or in `host` memory, from where each layer visits the device while it
+    computes (slow, and room for models larger than the device has left)."""
     reward_model: Name = "trained"
     """`trained` (the RM stage's), `fresh-head` (untrained: timing only), or a checkpoint folder."""
 

@@ -87,7 +87,10 @@ class _Plan:
         """
         always = self.strategy.uses_colossalai and "parameters" in self.strategy.sharded and self.cell.accumulation > 1
         found = 0
+        in_host = getattr(self.cell.settings, "frozen_placement", "device") == "host"
         for role, model in self.models.items():
+            if model.frozen and in_host:
+                continue
             weights, gradients, optimizer = model_states(model, self.cell, self.strategy.sharded)
             there = {"parameters": weights, "optimizer": optimizer, "gradients": gradients if always or role == gradients_of else 0}
             found += sum(size for what, size in there.items() if what not in self.strategy.offloaded)

@@ -122,6 +122,8 @@ class Strategy(ABC):
             return f"{self.name} splits no model over ranks; tensor_parallel and pipeline_parallel are for hybrid"
         if cell.settings.save_every is not None and not self.resumable:
             return f"{self.name} cannot save its training state; `save_every: null` would be right"
+        if _frozen_in_host(cell) and "frozen" in self.sharded:
+            return f"{self.name} keeps frozen models in shards; `frozen_placement: device` would be right"
         return None
 
     def missing(self) -> str | None:
@@ -151,8 +153,14 @@ class Strategy(ABC):
     def place_frozen(self, module: nn.Module, cell: Cell, device: torch.device) -> nn.Module:
         """Put a model that is only read (reference policy, reward model) on the device, in the precision's storage type."""
         from bench.strategies.precision import frozen_copy
+        from bench.strategies.visiting import visiting_copy
 
-        return frozen_copy(module, cell.settings.precision, device)
+        make = visiting_copy if _frozen_in_host(cell) else frozen_copy
+        return make(module, cell.settings.precision, device)
+
+
+def _frozen_in_host(cell: Cell) -> bool:
+    return getattr(cell.settings, "frozen_placement", "device") == "host"
 
 
 @cache
