@@ -115,8 +115,12 @@ def command_text(plan: Plan, results: Path) -> str:
     from bench.launch.command import command_lines
 
     layout = Layout(results / plan.suite)
-    lines = []
+    lines = [
+        "# For each cell, trial 0: a line to paste on each node, in this folder, with HEAD set to the address of node 0.",
+        "# A line reads its trial.json, which `coati-bench run` leaves there when it begins the trial.",
+    ]
     for cell_id, cell in plan.cells.items():
-        lines.append(f"# {cell_id}: {cell.world_size} ranks on {cell.nodes} node{'s' * (cell.nodes > 1)}")
+        counts = (f"{count} {name}{'s' * (count > 1)}" for count, name in ((cell.world_size, "rank"), (cell.nodes, "node")))
+        lines.append(f"# {cell_id}: {' on '.join(counts)}")
         lines += command_lines(cell, layout.logs(cell_id, 0) / "trial.json")
     return "\n".join(lines)

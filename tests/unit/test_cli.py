@@ -55,6 +55,7 @@ def test_plan_says_what_its_trials_can_claim_and_what_they_cost(capsys: pytest.C
 
 def test_plan_commands_prints_a_line_for_every_node(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = call(capsys, "plan", str(ROOT / "config" / "reference" / "llama-7b-3x6.yaml"), "--commands")
+    assert "# A line reads its trial.json, which `coati-bench run` leaves there" in out
     lines = [line for line in out.splitlines() if "torch.distributed.run" in line]
     assert code == 0
     assert [f"--node-rank {rank}" in line for rank, line in enumerate(lines)] == [True] * 3
