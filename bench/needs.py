@@ -61,9 +61,9 @@ def networks(cell: Cell, shape: Shape) -> dict[str, Network]:
     return {"policy": policy, "critic": scorer, "reference": reference, "reward": reward}
 
 
-def needs(cell: Cell) -> Needs | None:
-    """Theory for `cell`, or None where the shape of its model is unknown before it is loaded."""
-    shape = shape_of(cell.model)
+def needs(cell: Cell, shape: Shape | None = None) -> Needs | None:
+    """Theory for `cell`, or None where the shape of its model is not given and unknown before it is loaded."""
+    shape = shape or shape_of(cell.model)
     if shape is None:
         return None
     models, sharded = networks(cell, shape).values(), all_strategies()[cell.strategy].sharded

@@ -7,7 +7,7 @@ adapters or without. Biases, norms and embedding look-ups take part in no matrix
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -164,6 +164,23 @@ def shape_of_config(config: dict[str, Any]) -> Shape | None:
     """The shape of a model by its configuration, as transformers writes it; None where the architecture is not one of those below."""
     parameters, read = config_parameter_count(config), _READERS.get(str(config.get("model_type")))
     return None if parameters is None or read is None else read(config, parameters)
+
+
+SIZES = frozenset({
+    "model_type", "n_layer", "n_embd", "n_head", "n_inner", "n_positions", "hidden_size", "vocab_size", "num_hidden_layers",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "ffn_dim", "word_embed_proj_dim",
+    "max_position_embeddings", "attention_bias", "tie_word_embeddings",
+})  # fmt: skip
+"""What of a configuration decides its shape."""
+
+
+def config_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a configuration that `shape_of_config` reads, for a record: from it the shape is known without the model.
+
+    >>> config_sizes({"model_type": "bloom", "n_layer": 24, "use_cache": True})
+    {'model_type': 'bloom', 'n_layer': 24}
+    """
+    return {name: config[name] for name in sorted(SIZES & config.keys())}
 
 
 def _bloom(config: dict[str, Any], parameters: int) -> Shape:

@@ -8,7 +8,7 @@ from typing import Any
 
 from bench.measure.devices import DeviceRow, Unknown, device_row
 from bench.measure.flops import PRODUCT_DTYPE
-from bench.measure.shape import Shape, shape_of
+from bench.measure.shape import Shape, shape_of, shape_of_config
 from bench.models.presets import PRESETS
 from bench.report.registry import NoValue, Trial, once
 
@@ -21,10 +21,11 @@ def preset_shape(model: str) -> Shape | None:
 
 @once
 def shape_in(trial: Trial) -> Shape:
-    """The shape of the trial's model; NoValue where its sizes are not known."""
-    shape = preset_shape(trial.cell.model)
+    """The shape of the trial's model: as the record tells it, else that of a preset; NoValue where its sizes are not known."""
+    told = trial.lead.facts.get("model_config")
+    shape = (shape_of_config(told) if isinstance(told, dict) else None) or preset_shape(trial.cell.model)
     if shape is None:
-        raise NoValue(f"the sizes of {trial.cell.model} are not known here: it is no preset")
+        raise NoValue(f"the sizes of {trial.cell.model} are not known: the record does not tell them, and it is no preset")
     return shape
 
 

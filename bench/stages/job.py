@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from bench.data.formats import read_rows
 from bench.data.splits import split_rows
+from bench.measure.shape import config_sizes
 from bench.stages.base import Place
 from bench.trial import Trial
 
@@ -78,9 +80,10 @@ def started_from(trial: Trial) -> dict[str, str]:
     return {item.name: item.sha256 for item in trial.starts}
 
 
-def model_facts(counts: dict[str, int], initial_sha256: str, lora: dict[str, Any]) -> dict[str, Any]:
+def model_facts(counts: dict[str, int], initial_sha256: str, lora: dict[str, Any], config: PretrainedConfig) -> dict[str, Any]:
     """A trained model's facts under the names that reports read."""
     return {
+        "model_config": config_sizes(config.to_dict()),
         "parameters": {"total": counts["parameters"], "trainable": counts["trainable"]},
         "initial_weights_sha256": initial_sha256,
         "lora": lora or None,

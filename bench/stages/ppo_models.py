@@ -89,8 +89,8 @@ def build_models(trial: Trial, strategy: Strategy, place: Place) -> Models:
     reward = strategy.place_frozen(critic, cell, place.device)
     place.beat()
     lora, critic_lora = add_lora(policy, cell, trial.seed), add_lora(critic, cell, trial.seed + 1)
-    facts = model_facts(counts(policy), initial_sha256(policy), lora)
-    facts["critic"] = model_facts(counts(critic), initial_sha256(critic), critic_lora)
+    facts = model_facts(counts(policy), initial_sha256(policy), lora, policy.config)
+    facts["critic"] = model_facts(counts(critic), initial_sha256(critic), critic_lora, critic.config)
     window = HeadWindow(policy)
     critic_rate = settings.learning_rate if settings.critic_learning_rate is None else settings.critic_learning_rate
     policy_engine = strategy.prepare(policy, cell, place.device, learning_rate=settings.learning_rate)

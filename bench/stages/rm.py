@@ -84,7 +84,7 @@ class Rm:
         self._config = scorer.config
         self._lora = add_lora(scorer, self._cell, trial.seed)
         self._places = accepts_position_ids(scorer)
-        self.facts = model_facts(counts(scorer), initial_sha256(scorer), self._lora)
+        self.facts = model_facts(counts(scorer), initial_sha256(scorer), self._lora, scorer.config)
         self.facts["longest_sequence"] = self._width or max(len(ids) for pair in encoded for ids in pair)
         self._engine = strategy.prepare(scorer, self._cell, place.device, learning_rate=settings.learning_rate)
         self.engines = {"scorer": self._engine}

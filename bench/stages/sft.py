@@ -117,7 +117,7 @@ class Sft:
         self._config = policy.config
         self._lora = add_lora(policy, self._cell, trial.seed)
         window, places = HeadWindow(policy), accepts_position_ids(policy)
-        self.facts = model_facts(counts(policy), initial_sha256(policy), self._lora)
+        self.facts = model_facts(counts(policy), initial_sha256(policy), self._lora, policy.config)
         self.facts["longest_sequence"] = max(len(sequence.ids) for sequence in encoded)
         self._engine = strategy.prepare(policy, self._cell, place.device, learning_rate=settings.learning_rate)
         self.engines = {"policy": self._engine}

@@ -45,9 +45,8 @@ def theory_state_gib(trial: Trial) -> float:
     """Weights, gradients and optimizer states of all models that one rank holds, from the model's sizes, the sharding, the precision
     mode and the LoRA rank. On the device or in host memory, as the strategy places them.
     """
-    _ = trial.lead, shape_in(trial)
-    found = needs(trial.cell)
-    assert found is not None, "a preset has a shape"
+    found = needs(trial.cell, shape_in(trial))
+    assert found is not None, "the shape was given"
     return found.state_bytes / GIB
 
 

@@ -7,6 +7,7 @@ output and one number a row. The formula leaves that number and the norms' stati
 from __future__ import annotations
 
 import dataclasses
+import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bench.measure.activations import CHUNK_ELEMENTS, cache_bytes, head_bytes, kept_bytes
 from bench.measure.flops import Sequences
-from bench.measure.shape import Network, Shape, shape_of
+from bench.measure.shape import Network, Shape, config_sizes, shape_of, shape_of_config
 from bench.models.build import add_lora, backbone, checkpoint_activations
 from bench.models.presets import PRESETS
 from bench.rl import losses
@@ -74,6 +75,13 @@ def formula(name: str, precision: str, rank: int = 0) -> float:
     shape = a_shape(name)
     assert shape.layers == 2
     return kept_bytes(Network(shape=shape, lora_rank=rank), WORK, precision)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_sizes_in_a_record_give_the_shape(name: str) -> None:
+    preset = PRESETS[name]
+    config = AutoConfig.for_model(preset.model_type, **preset.config)
+    assert shape_of_config(json.loads(json.dumps(config_sizes(config.to_dict())))) == a_shape(name)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -96,7 +96,15 @@ def test_ranks_on_different_devices_have_no_common_peak() -> None:
 
 def test_a_model_of_unknown_sizes_says_so() -> None:
     cell = make_cell("sft", steps=50, **{**GPU, "model": "/models/mine"})
-    assert trial_of(cell).values["mfu"].reason == "the sizes of /models/mine are not known here: it is no preset"
+    assert trial_of(cell).values["mfu"].reason == "the sizes of /models/mine are not known: the record does not tell them, and it is no preset"
+
+
+def test_a_record_tells_the_sizes_of_its_model() -> None:
+    cell = make_cell("sft", steps=50, **{**GPU, "model": "/models/mine"})
+    sizes = {"model_type": "bloom", "hidden_size": 1024, "n_layer": 24, "n_head": 16, "vocab_size": 250_880}
+    told = trial_of(cell, seconds=0.5, facts={"model_config": sizes})
+    for name in ("mfu", "theory_state_gib", "theory_peak_gib"):
+        assert number(told, name) == pytest.approx(number(trial_of(SFT, seconds=0.5), name))
 
 
 def test_laps_that_do_not_count_what_is_needed_say_so() -> None:

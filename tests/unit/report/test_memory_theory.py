@@ -107,7 +107,7 @@ def test_what_is_not_known_has_a_reason() -> None:
     cell = make_cell("sft", **{**GPU, "model": "/models/mine"})
     trial = Trial(Row(make_record(cell), cell, "a"))
     for name in ("theory_state_gib", "theory_peak_gib", "unexplained_memory_gib"):
-        assert trial.values[name].reason == "the sizes of /models/mine are not known here: it is no preset"
+        assert trial.values[name].reason == "the sizes of /models/mine are not known: the record does not tell them, and it is no preset"
 
 
 def theory_of(cell: Cell, **facts: Any) -> float:
