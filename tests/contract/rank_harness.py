@@ -6,6 +6,7 @@ child only and die with it. A child that fails hands its traceback back; one tha
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -29,6 +30,7 @@ def run_ranks(work: Callable[..., Any], world_size: int, *arguments: Any, second
         _fork.Process(target=_rank, args=(work, rank, world_size, port, pipes[rank][1], arguments), daemon=True)
         for rank in range(world_size)
     ]
+    gc.freeze()  # else ColossalAI's collections walk through, and so copy, all that the parent has loaded
     for rank in ranks:
         rank.start()
     try:

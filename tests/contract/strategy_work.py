@@ -7,30 +7,77 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from bench.cell import Cell, cell_from_json
+from bench.matrix import impossible
 from bench.models.build import add_lora, build_policy, build_scorer
-from bench.strategies.base import Engine, Strategy, all_strategies
+from bench.strategies.base import Engine, PipelinedEngine, Strategy, all_strategies
 from bench.strategies.colossal import import_colossalai
 from bench.trial import Trial, make_trial
 from tests.contract.rank_harness import run_ranks
 
 import_colossalai()
+AutoModelForCausalLM.from_config(AutoConfig.for_model("bloom", vocab_size=8, hidden_size=8, n_layer=1, n_head=1))  # loads what it names
 
 SEQUENCES, LENGTH = 8, 12
 LEARNING_RATE = 1e-3
+STEPS = 5
+"""Of a run that nothing else is said of."""
 
 
-def make_cell(strategy: str, ranks: int, **changes: Any) -> Cell:
-    """A tiny cell of 8 sequences a step."""
+@cache
+def variants() -> dict[str, dict[str, Any]]:
+    """Every way of laying out a model: each strategy, and those that split models also over two ranks either way."""
+    found: dict[str, dict[str, Any]] = {name: {"strategy": name} for name in sorted(all_strategies())}
+    for name, kind in all_strategies().items():
+        if kind.model_parallel:
+            found[f"{name}-tensor2"] = {"strategy": name, "tensor_parallel": 2}
+            found[f"{name}-pipeline2"] = {"strategy": name, "pipeline_parallel": 2, "micro_batch": 2}
+    return found
+
+
+def kind_of(variant: str) -> Strategy:
+    """The strategy of a variant."""
+    return all_strategies()[variants()[variant]["strategy"]]
+
+
+VARIANTS = list(variants())
+every_variant = pytest.mark.parametrize("variant", VARIANTS)
+at_its_widest = pytest.mark.parametrize(("variant", "ranks"), [(variant, 1 if variant == "naive" else 2) for variant in VARIANTS])
+"""On two ranks, but for naive."""
+
+
+def comparable(variant: str) -> str:
+    """The precision mode in which a variant is compared with naive."""
+    return "fp32" if "fp32" in kind_of(variant).precisions else "bf16-master"
+
+
+def tolerance(variant: str) -> float:
+    """Of losses; gradient norms get ten times as much: in bf16 every addition of an accumulated gradient is rounded."""
+    return 1e-4 if comparable(variant) == "fp32" else 1e-3
+
+
+def supported(variant: str, ranks: int, **changes: Any) -> Cell:
+    """The cell, or a skip with the reason why it cannot run."""
+    cell = make_cell(variant, ranks, **changes)
+    reason = impossible(cell)
+    if reason:
+        pytest.skip(reason)
+    return cell
+
+
+def make_cell(variant: str, ranks: int, **changes: Any) -> Cell:
+    """A tiny cell of 8 sequences a step, under a strategy or one of its `variants`."""
     content = {
-        "stage": "sft", "model": "bloom-tiny", "strategy": strategy, "lora_rank": 0, "processes_per_node": ranks, "steps": 10,
+        "stage": "sft", "model": "bloom-tiny", "lora_rank": 0, "processes_per_node": ranks, "steps": 10,
         "precision": "fp32", "device": "cpu", "global_batch": SEQUENCES, "micro_batch": 4, "weight_decay": 0.01, "clip_norm": 1.0,
     }  # fmt: skip
-    return cell_from_json({**content, **changes})
+    return cell_from_json({**content, **variants()[variant], **changes})
 
 
 def make_engine(cell: Cell, module: nn.Module | None = None) -> tuple[Strategy, Engine, nn.Module]:
@@ -52,10 +99,13 @@ def trial_of(cell: Cell) -> Trial:
 
 
 def batch_BT(cell: Cell, micro_step: int) -> torch.Tensor:
-    """This rank's sequences of a micro-step; all of a step's are the same whatever ranks and accumulation are."""
+    """This rank's sequences of a micro-step; all of a step's are the same whatever ranks and accumulation are.
+
+    Ranks that hold one model between them get the same.
+    """
     all_BT = torch.randint(3, 4000, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(1))
     size = cell.settings.micro_batch
-    first = (micro_step * dist.get_world_size() + dist.get_rank()) * size
+    first = (micro_step * cell.data_parallel_size + dist.get_rank() // cell.model_parallel_size) * size
     return all_BT[first : first + size].to(device_of(cell))
 
 
@@ -66,15 +116,27 @@ def token_loss(module: nn.Module, ids_BT: torch.Tensor) -> torch.Tensor:
     return losses / (SEQUENCES * (LENGTH - 1))
 
 
-def one_step(engine: Engine, cell: Cell, loss_of: Callable[[nn.Module, torch.Tensor], torch.Tensor] = token_loss) -> tuple[float, float]:
+def one_step(engine: Engine, cell: Cell, loss_of: Callable[[Any, torch.Tensor], torch.Tensor] = token_loss) -> tuple[float, float]:
     """One optimizer step; returns its global loss and gradient norm."""
-    total = torch.zeros((), device=device_of(cell))
-    for micro_step in range(cell.accumulation):
-        loss = loss_of(engine.module, batch_BT(cell, micro_step))
-        engine.backward(loss, last=micro_step == cell.accumulation - 1)
-        total += loss.detach()
-    dist.all_reduce(total)
-    return total.item(), float(engine.step())
+    batches = [batch_BT(cell, micro_step) for micro_step in range(cell.accumulation)]
+    if isinstance(engine, PipelinedEngine):
+        total = pipelined(engine, batches, lambda output, ids_BT: loss_of(lambda **_: output, ids_BT))
+    else:
+        total = torch.zeros((), device=device_of(cell))
+        for number, ids_BT in enumerate(batches, 1):
+            loss = loss_of(engine.module, ids_BT)
+            engine.backward(loss, last=number == len(batches))
+            total += loss.detach()
+    return _summed(total) / cell.model_parallel_size, float(engine.step())
+
+
+def pipelined(engine: PipelinedEngine, batches: list[torch.Tensor], loss_of: Callable[[Any, torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """Sum of the losses that `loss_of` makes of the outputs for each micro-batch."""
+    ids_BT = torch.cat(batches)
+    inputs = {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT), "use_cache": False}
+    if not hasattr(engine.module.unwrap(), "lm_head"):
+        del inputs["use_cache"]
+    return engine.run(inputs, len(batches[0]), lambda output, index: loss_of(output, batches[index]).unsqueeze(0))[0]
 
 
 def train(cell: Cell, steps: int) -> dict[str, Any]:
@@ -83,21 +145,29 @@ def train(cell: Cell, steps: int) -> dict[str, Any]:
     before = engine.full_state()
     series = [one_step(engine, cell) for _ in range(steps)]
     after = engine.full_state()
-    moved = {} if before is None or after is None else {name: (after[name] - before[name]).abs().max().item() for name in before}
     return {
-        "losses": [loss for loss, _ in series], "norms": [norm for _, norm in series], "moved": moved,
+        "losses": [loss for loss, _ in series], "norms": [norm for _, norm in series], "moved": moved(before, after),
         "dtypes": {} if after is None else {name: str(tensor.dtype) for name, tensor in after.items()},
         "summary": None if after is None else {name: tensor.double().norm().item() for name, tensor in after.items()},
     }  # fmt: skip
 
 
-@cache
-def trained(strategy: str, ranks: int, steps: int = 10, **changes: Any) -> dict[str, Any]:
-    """What rank 0 saw of a run of `strategy`; each run happens once a session."""
-    cell = make_cell(strategy, ranks, **changes)
-    problem = all_strategies()[strategy].unsupported(cell)
+def moved(before: dict[str, torch.Tensor] | None, after: dict[str, torch.Tensor] | None) -> dict[str, float]:
+    """How far each tensor moved between two full states; only rank 0 has them."""
+    return {} if before is None or after is None else {name: (after[name] - before[name]).abs().max().item() for name in before}
+
+
+def trained(variant: str, ranks: int, steps: int = STEPS, **changes: Any) -> dict[str, Any]:
+    """What rank 0 saw of a run of `variant`; equal runs happen once a session."""
+    cell = make_cell(variant, ranks, **changes)
+    problem = impossible(cell)
     assert problem is None, problem
-    return run_ranks(train, ranks, cell, steps)[0]
+    return _trained(cell, steps)
+
+
+@cache
+def _trained(cell: Cell, steps: int) -> dict[str, Any]:
+    return run_ranks(train, cell.world_size, cell, steps)[0]
 
 
 def rank_gradients(cell: Cell, unwrap: bool) -> dict[str, list[float]]:
@@ -205,11 +275,11 @@ def round_trip(cell: Cell, scorer: bool, folder: str) -> dict[str, float]:
     for _ in range(3):
         one_step(engine, cell, value_loss if scorer else token_loss)
     state = engine.full_state()
-    live = _outputs(engine.module, scorer)
+    live = _pipelined_outputs(engine, scorer) if isinstance(engine, PipelinedEngine) else _outputs(engine.module, scorer)
     if state is None:
         return {}
     save_checkpoint(Path(folder), state=state, config=config, stage="rm" if scorer else "sft", tokenizer=None, started_from={}, lora=facts)
-    plain = make_cell(cell.strategy, cell.world_size, model=cell.model)
+    plain = make_cell("naive", 1, model=cell.model)
     fresh = build_scorer(trial_of(plain), fresh_head=True, source="policy") if scorer else build_policy(trial_of(plain))
     untrained = _outputs(fresh, scorer)
     load_checkpoint(fresh, Path(folder), part="all")
@@ -217,9 +287,27 @@ def round_trip(cell: Cell, scorer: bool, folder: str) -> dict[str, float]:
     return {"difference": (loaded - live).abs().max().item(), "learned": (untrained - live).abs().max().item()}
 
 
+def _probe_BT() -> torch.Tensor:
+    return torch.randint(3, 4000, (2, LENGTH), generator=torch.Generator().manual_seed(3))
+
+
+def _pipelined_outputs(engine: PipelinedEngine, scorer: bool) -> torch.Tensor:
+    """Outputs of the last stage, on every rank."""
+    seen: list[torch.Tensor] = []
+
+    def see(output: Any, _: torch.Tensor) -> torch.Tensor:
+        seen.append((output if scorer else output.logits).float())
+        return seen[0].sum()
+
+    with torch.no_grad():
+        pipelined(engine, [_probe_BT()], see)
+    told = [seen[0] if seen else None]
+    dist.broadcast_object_list(told, src=dist.get_world_size() - 1)
+    return told[0]  # type: ignore[return-value]
+
+
 def _outputs(module: nn.Module, scorer: bool) -> torch.Tensor:
-    device = next(module.parameters()).device
-    ids_BT = torch.randint(3, 4000, (2, LENGTH), generator=torch.Generator().manual_seed(3)).to(device)
+    ids_BT = _probe_BT().to(next(module.parameters()).device)
     with torch.no_grad():
         output = module(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT))
     return (output if scorer else output.logits.float()).cpu()
@@ -233,10 +321,7 @@ def overflow(cell: Cell) -> dict[str, Any]:
     between = engine.full_state()
     second = one_step(engine, cell)
     after = engine.full_state()
-    return {
-        "norm": first, "moved": max((between[name] - before[name]).abs().max().item() for name in before),
-        "next": second, "moved_next": max((after[name] - before[name]).abs().max().item() for name in before),
-    }  # fmt: skip
+    return {"norm": first, "moved": moved(before, between), "next": second, "moved_next": moved(before, after)}
 
 
 def without_colossalai(cell: Cell) -> float:
@@ -254,7 +339,7 @@ def without_colossalai(cell: Cell) -> float:
     raise AssertionError("colossalai can still be imported")
 
 
-def learning_rates(cell: Cell) -> list[float]:
+def learning_rates(cell: Cell) -> list[dict[str, float]]:
     """How far the weights move in a step at learning rates 0 and 0.01."""
     _, engine, _ = make_engine(cell)
     moves = []
@@ -262,6 +347,5 @@ def learning_rates(cell: Cell) -> list[float]:
         before = engine.full_state()
         engine.set_learning_rate(value)
         one_step(engine, cell)
-        after = engine.full_state()
-        moves.append(max((after[name] - before[name]).abs().max().item() for name in before))
+        moves.append(moved(before, engine.full_state()))
     return moves
