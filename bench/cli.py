@@ -16,6 +16,7 @@ import typer
 
 from bench import __version__
 from bench.checkpoint_commands import app as checkpoint_app
+from bench.container.commands import app as container_app
 from bench.data.commands import app as data_app
 from bench.errors import BenchError
 
@@ -29,6 +30,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(data_app, name="data")
+app.add_typer(container_app, name="container")
 app.add_typer(checkpoint_app, name="checkpoint")
 suite_app = typer.Typer(help="Make suite files.", no_args_is_help=True)
 app.add_typer(suite_app, name="suite")
@@ -164,11 +166,16 @@ def reproduce(
 
 
 @app.command()
-def doctor(format: Format = "text") -> None:
+def doctor(
+    format: Format = "text",
+    bench: Annotated[bool, typer.Option("--bench", help="Measure what the devices attain; later records carry it.")] = False,
+    output: Annotated[Path | None, typer.Option(help="With --bench: also write the figures here, as JSON.")] = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="With --bench: so many processes, one a device; default: all devices.")] = None,
+) -> None:
     """Say what this machine has and can run. And what is missing for the rest."""
-    from bench.doctor import run_doctor
+    from bench.doctor import run_bench, run_doctor
 
-    raise typer.Exit(run_doctor(format=_format(format)))
+    raise typer.Exit(run_bench(format=_format(format), output=output, ranks=ranks) if bench else run_doctor(format=_format(format)))
 
 
 @suite_app.command("from-command")

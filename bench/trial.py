@@ -26,6 +26,8 @@ class Trial:
     """The training data, and for PPO the ptx data; `name` is the data's name."""
     starts: list[Input] = field(default_factory=list)
     """What it begins from; `name` is the role: tokenizer, policy, reward. A checkpoint folder each."""
+    image: Input | None = None
+    """The image's file that its ranks run in, by digest; null where they run in this environment."""
     save_to: str | None = None
     """Folder for the trained weights (merged, with tokenizer); null saves none."""
     work: str
@@ -45,9 +47,8 @@ class Trial:
     @property
     def fingerprint(self) -> str:
         """Identity of what this trial computes."""
-        return fingerprint(
-            self.parsed_cell, {item.name: item.sha256 for item in self.data}, {item.name: item.sha256 for item in self.starts}
-        )
+        starts = [*self.starts, *([self.image] if self.image else [])]
+        return fingerprint(self.parsed_cell, {item.name: item.sha256 for item in self.data}, {item.name: item.sha256 for item in starts})
 
     def start(self, role: str) -> Input | None:
         """The start with this role, if there is one."""

@@ -91,6 +91,7 @@ def make_provenance(trial: Trial, *, command: list[str], variables: dict[str, st
         "versions": nodes[0]["versions"] if nodes else versions(),
         "source": source(),
         "machines": [note["machine"] for note in nodes] or [machine()],
+        "image": None if trial.image is None else {"file": Path(trial.image.path).name, **trial.image.facts},
         "command": command,
         "environment": environment(variables),
         "started": started,

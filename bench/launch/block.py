@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from bench.errors import UserError
 from bench.launch.alone import alone
 from bench.launch.command import PROGRAM, Agents
-from bench.launch.inputs import data_inputs, forget_weights, kept_record, leave_failed_start, start_inputs
+from bench.launch.inputs import data_inputs, forget_weights, image_input, kept_record, leave_failed_start, start_inputs
 from bench.launch.parent import PRELOAD, ForkParent
 from bench.launch.progress import Line, describe
 from bench.launch.supervise import run_trial
@@ -71,8 +71,8 @@ def _run_one(plan: Plan, block: Block, layout: Layout, cell_id: str, title: str,
     starts = start_inputs(layout, block.starts.get(cell_id, {}), number)
     saved = layout.chained(cell_id, number) if cell_id in block.saves else None
     trial = make_trial(
-        cell, number, data=data_inputs(layout, cell), starts=starts.inputs, save_to=None if saved is None else str(saved),
-        work=str(layout.logs(cell_id, number)), limits=plan.limits,
+        cell, number, data=data_inputs(layout, cell), starts=starts.inputs, image=image_input(cell),
+        save_to=None if saved is None else str(saved), work=str(layout.logs(cell_id, number)), limits=plan.limits,
     )  # fmt: skip
     path = layout.record(cell_id, number)
     with Line(title) as line:

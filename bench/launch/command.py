@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from bench.cell import Cell
+from bench.container.runtime import container_of
 from bench.launch.environment import rank_environment
 from bench.launch.guard import Ended, Guarded
 from bench.launch.job import LINGER_SECONDS, LaunchError, free_port
@@ -47,6 +48,12 @@ def command_lines(cell: Cell, trial_file: Path, *, address: str | None = None, p
     return [f"{fixed} {' '.join(word if word == '$HEAD' else shlex.quote(word) for word in line)}" for line in lines]
 
 
+def contained(line: list[str], trial: Trial, environment: Mapping[str, str]) -> list[str]:
+    """`line` inside the trial's image, or as it is. Raises MachineError without a runtime."""
+    container = container_of(trial)
+    return line if container is None else container.command(line, environment)
+
+
 class Agents:
     """Launcher: one guarded torchrun agent for each node, all on this machine.
 
@@ -69,7 +76,7 @@ class Agents:
 
     def command(self, trial: Trial, trial_file: Path, port: int = PORT) -> list[str]:
         """The agents' lines with the usual port; a run chooses a free one."""
-        return [shlex.join(line) for line in self._lines(trial.parsed_cell, trial_file, port)]
+        return [shlex.join(contained(line, trial, self._environment(()))) for line in self._lines(trial.parsed_cell, trial_file, port)]
 
     def start(self, trial: Trial, trial_file: Path, devices: Sequence[str]) -> AgentsJob:
         """Start one agent for each node."""
@@ -78,8 +85,8 @@ class Agents:
         try:
             for node, line in enumerate(self._lines(cell, trial_file, port)):
                 mine = devices[node * cell.processes_per_node : (node + 1) * cell.processes_per_node]
-                log = Path(trial.work) / f"agent{node}.log"
-                job.add(Guarded(line, environment=self._environment(mine), log=log, keep=self._keep), log)
+                log, environment = Path(trial.work) / f"agent{node}.log", self._environment(mine)
+                job.add(Guarded(contained(line, trial, environment), environment=environment, log=log, keep=self._keep), log)
         except OSError as error:
             job.end()
             raise LaunchError(f"the agent of node {len(job.log_paths())} could not be started: {error}") from error

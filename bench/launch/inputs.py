@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from bench.cell import Cell
 from bench.checkpoint import checkpoint_sha256
+from bench.container.runtime import find_image
 from bench.data.manifest import load_manifest
 from bench.errors import CheckpointError, RecordError, UserError
 from bench.launch.assemble import assemble, make_provenance
@@ -21,6 +22,9 @@ from bench.measure.provenance import utc_now
 from bench.record import Input, Record, load_record
 from bench.trial import Trial
 
+IMAGE = "container"
+"""The name of the image among a record's inputs."""
+
 
 class Starts(NamedTuple):
     """What a trial begins from, and why it cannot begin, if so."""
@@ -32,6 +36,16 @@ class Starts(NamedTuple):
 def data_inputs(layout: Layout, cell: Cell) -> list[Input]:
     """The data that `cell` reads, by its manifests. Raises DataError if one is not there."""
     return [load_manifest(layout.data(name)).as_input() for name in cell_data(cell)]
+
+
+def image_input(cell: Cell) -> Input | None:
+    """The image that the cell's ranks run in, or None. Raises UserError for one that is not there or was changed."""
+    setting = cell.settings.container
+    if setting == "none":
+        return None
+    found = find_image(setting)
+    facts = {"digest": found.digest, "environment_digest": found.environment_digest, "package_sha256": found.package}
+    return Input(name=IMAGE, path=str(found.file), sha256=found.digest.removeprefix("sha256:"), facts=facts)
 
 
 def start_inputs(layout: Layout, starts: dict[str, str], trial: int) -> Starts:

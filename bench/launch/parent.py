@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from bench.cell import Cell
+from bench.container.runtime import Container, container_of
 from bench.launch.command import LOOPBACK, PROGRAM
 from bench.launch.environment import rank_environment
 from bench.launch.guard import GRACE_SECONDS, Ended, Guarded
@@ -43,6 +44,7 @@ class ForkParent:
         self._preload = (*preload, program)
         self._choose_port, self._keep = choose_port, keep
         self._process: _ParentProcess | None = None
+        self._container: Container | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -72,7 +74,7 @@ class ForkParent:
     def start(self, trial: Trial, trial_file: Path, devices: Sequence[str]) -> ForkJob:
         """Fork the ranks of `trial`. Raises LaunchError if the parent process cannot do so."""
         assert not devices, "fork is for the CPU"
-        process = self._running()
+        process = self._running(trial)
         process.ask(trial=str(trial_file), ranks=rank_variables(trial.parsed_cell, self._choose_port()), grace=GRACE_SECONDS)
         answer = process.answer(30)
         if not answer or "started" not in answer or answer.get("problem"):
@@ -80,14 +82,18 @@ class ForkParent:
             raise LaunchError((answer or {}).get("problem") or f"the fork parent did not start the ranks; see {self._log}")
         return ForkJob(process, self._log, self.close)
 
-    def _running(self) -> _ParentProcess:
-        if self._process is not None and self._process.guard.wait(0) is not None:
+    def _running(self, trial: Trial) -> _ParentProcess:
+        """The parent process, in the trial's image if it has one; one that sees less than this trial needs is replaced."""
+        container = container_of(trial)
+        fits = self._container is None if container is None else self._container is not None and self._container.covers(container)
+        if self._process is not None and (not fits or self._process.guard.wait(0) is not None):
             self.close()
         if self._process is None:
+            self._container = container
             self._log.parent.mkdir(parents=True, exist_ok=True)
             environment = rank_environment({"GLOO_SOCKET_IFNAME": "lo"}, self._search_path)
             line = [sys.executable, "-m", "bench.launch.fork", "--program", self._program, "--preload", json.dumps(self._preload)]
-            self._process = _ParentProcess(line, environment, self._log, self._keep)
+            self._process = _ParentProcess(line, environment, self._log, self._keep, container)
             answer = self._process.answer(READY_SECONDS) or {}
             if not answer.get("ready"):
                 self.close()
@@ -109,10 +115,11 @@ def rank_variables(cell: Cell, port: int) -> list[dict[str, str]]:
 class _ParentProcess:
     """The guarded process and its two pipes."""
 
-    def __init__(self, line: list[str], environment: dict[str, str], log: Path, keep: tuple[int, ...]) -> None:
+    def __init__(self, line: list[str], environment: dict[str, str], log: Path, keep: tuple[int, ...], container: Container | None) -> None:
         requests, self._requests = os.pipe()
         self._replies, replies = os.pipe()
         line = [*line, "--requests", str(requests), "--replies", str(replies)]
+        line = line if container is None else container.command(line, environment)
         try:
             self.guard = Guarded(line, environment=environment, log=log, keep=keep, hand_on=(requests, replies))
         finally:

@@ -19,7 +19,16 @@ from bench.data.manifest import Manifest, load_manifest
 from bench.errors import BenchError, MachineError, UserError
 from bench.launch.alone import alone
 from bench.launch.command import PROGRAM, Agents
-from bench.launch.inputs import data_inputs, forget_weights, kept_record, leave_failed_start, read_done, set_aside, start_inputs
+from bench.launch.inputs import (
+    data_inputs,
+    forget_weights,
+    image_input,
+    kept_record,
+    leave_failed_start,
+    read_done,
+    set_aside,
+    start_inputs,
+)
 from bench.launch.parent import ForkParent
 from bench.launch.progress import Line, describe
 from bench.launch.supervise import run_trial
@@ -111,8 +120,8 @@ def _cell(plan: Plan, warm: Warm, layout: Layout, target: Path, **launch: Any) -
     weights, record_path = folder / "weights", folder / "record.json"
     starts = start_inputs(layout, warm.starts, 0)
     trial = make_trial(
-        warm.cell, 0, data=data_inputs(layout, warm.cell), starts=starts.inputs, save_to=str(weights), work=str(folder / "work"),
-        limits=plan.limits,
+        warm.cell, 0, data=data_inputs(layout, warm.cell), starts=starts.inputs, image=image_input(warm.cell), save_to=str(weights),
+        work=str(folder / "work"), limits=plan.limits,
     )  # fmt: skip
     if done := _is_done(target, trial.fingerprint, weights):
         return done, True

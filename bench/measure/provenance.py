@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from bench.measure.machine_file import known_ceilings
 from bench.measure.nvml import describe_devices
 
 SOURCE_TREE = Path(__file__).resolve().parents[2]
@@ -118,7 +119,8 @@ def _package_sha256() -> str:
 
 @cache
 def machine() -> dict[str, Any]:
-    """What this node is: host name, kernel, CPU, memory, container, devices. Call it on every node."""
+    """What this node is: host name, kernel, CPU, memory, container, devices, and what was measured of it before. Call it on every node."""
+    devices = describe_devices()
     return {
         "hostname": platform.node(),
         "kernel": platform.release(),
@@ -129,7 +131,9 @@ def machine() -> dict[str, Any]:
         "numa_nodes": len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))) or None,
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "container": _container(),
-        "devices": describe_devices(),
+        "container_locks_sha256": _container_locks(),
+        "devices": devices,
+        "ceilings": known_ceilings(devices),
     }
 
 
@@ -148,3 +152,11 @@ def _container() -> str | None:
     if image:
         return Path(image).name
     return next((name for path, name in (("/.dockerenv", "docker"), ("/run/.containerenv", "podman")) if Path(path).exists()), None)
+
+
+def _container_locks() -> str | None:
+    """sha256 over the locks that this process's image was made from, as they lie inside, or null."""
+    locks = [Path("/opt/coati-bench/locks") / name for name in ("wheels.txt", "sources.txt")]
+    if not all(path.exists() for path in locks):
+        return None
+    return hashlib.sha256(b"".join(path.read_bytes() for path in locks)).hexdigest()

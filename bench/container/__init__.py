@@ -1,0 +1,1 @@
+"""Images: what goes into one, building it, checking it, running trials in it. Torch-free."""

@@ -1,0 +1,115 @@
+"""`coati-bench container ...`: one thin function a verb."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Pinned images: build, check and explain them; wheels for hosts without a network.", no_args_is_help=True)
+
+Name = Annotated[str, typer.Argument(metavar="IMAGE", help="An image of containers/images.toml: cpu, current, ...")]
+Cache = Annotated[Path | None, typer.Option("--cache", help="Where images lie; by default the user's cache folder.")]
+
+
+@app.command()
+def build(
+    name: Name = "current",
+    archive: Annotated[bool, typer.Option("--archive", help="Write an OCI archive, too, for podman and docker.")] = False,
+    commit: Annotated[bool, typer.Option("--commit", help="Write its digest into containers/digests.json.")] = False,
+    output: Annotated[Path | None, typer.Option("--output", help="Write what was built as JSON.")] = None,
+    cache: Cache = None,
+) -> None:
+    """Build an image, or say that it is there. The same inputs give the same digest on every machine."""
+    from bench.container.build import build as build_image
+    from bench.container.build import commit_digest
+    from bench.container.images import image_named
+    from bench.container.verify import verify as verify_image
+    from bench.record import write_json
+
+    image = image_named(name)
+    print(f"image {name}: {image.description}", flush=True)
+    built = build_image(image, cache=cache, archive=archive)
+    if commit:
+        commit_digest(built)
+    print(f"digest: {built.digest}\nenvironment: {built.environment_digest}")
+    print(f"file: {built.squashfs} ({built.squashfs.stat().st_size / 1e6:,.0f} MB)")
+    if built.archive is not None:
+        print(f"archive: {built.archive} ({built.archive.stat().st_size / 1e6:,.0f} MB)")
+    for problem in verify_image(image, built):
+        print(f"note: {problem}")
+    if output is not None:
+        write_json(built.to_json(), output)
+
+
+@app.command()
+def verify(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="An image's file (.sqfs or .oci.tar); its .json lies beside it.")],
+) -> None:
+    """Check an image's file against its note, its name and the committed digest; exit code 2 if it is not what it says."""
+    from bench.container.images import committed
+    from bench.container.verify import archive_digest, check_file
+    from bench.errors import UserError
+
+    note = check_file(file)
+    if file.name.endswith(".oci.tar") and archive_digest(file) != note["digest"]:
+        raise UserError(f"{file}: holds another image; seen: {archive_digest(file)}; {note['digest']} would be right")
+    before = committed(note["image"])
+    if before is None or before["digest"] != note["environment_digest"]:
+        wanted = "none" if before is None else before["digest"]
+        raise UserError(f"{file}: its environment is not the committed one; seen: {note['environment_digest']}; {wanted} is committed")
+    print(f"{file}: {note['image']}, {note['digest']}; its environment is the committed one ({note['environment_digest']})")
+
+
+@app.command()
+def digest(name: Name = "current") -> None:
+    """Print the committed digest of an image's environment."""
+    from bench.container.images import committed, image_named
+    from bench.errors import UserError
+
+    before = committed(image_named(name).name)
+    if before is None:
+        raise UserError(f"image {name!r}: no digest is committed; `coati-bench container build {name} --commit` commits one")
+    print(before["digest"])
+
+
+@app.command()
+def explain(name: Name = "current") -> None:
+    """What decides an image, and what of that differs from the committed build. Builds nothing."""
+    from bench.container.images import image_named
+    from bench.container.verify import explain as explain_image
+
+    print("\n".join(explain_image(image_named(name))))
+
+
+@app.command(name="list")
+def list_images(format: Annotated[str, typer.Option("--format", help="text or json.")] = "text") -> None:
+    """The images, and which of them this machine's driver can run."""
+    from bench.container.fit import fit_lines, fits
+
+    if format == "json":
+        print(json.dumps([{"image": item.image.name, "fits": item.problem is None, "problem": item.problem} for item in fits()], indent=2))
+    else:
+        print("\n".join(fit_lines()))
+
+
+@app.command()
+def wheelhouse(
+    output: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new folder.")],
+    image: Annotated[str, typer.Option("--image", help="Whose locks.")] = "current",
+    python: Annotated[str, typer.Option("--python", help="Python version of the host.")] = "3.11",
+    cache: Cache = None,
+) -> None:
+    """Every locked wheel, sources built, with hashes: for `pip install --no-index --find-links` on hosts without a network."""
+    from bench.container.build import image_folder
+    from bench.container.images import image_named
+    from bench.container.wheelhouse import make_wheelhouse
+
+    folder = image_folder(cache)
+    folder.mkdir(parents=True, exist_ok=True)
+    house = make_wheelhouse(image_named(image), output, python=python, cache=folder)
+    total = sum(path.stat().st_size for path in house.iterdir())
+    print(f"{house}: {len(list(house.glob('*.whl')))} wheels, {total / 1e6:,.0f} MB. On the host, in a virtual environment:")
+    print(f"  python -m pip install --no-index --no-deps --require-hashes --find-links {house.name} -r {house.name}/requirements.txt")

@@ -1,0 +1,68 @@
+"""The table of images and their committed digests. Torch-free."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bench.errors import UserError
+
+SOURCE_TREE = Path(__file__).resolve().parents[2]
+DEFINITIONS = SOURCE_TREE / "containers"
+DIGESTS = DEFINITIONS / "digests.json"
+
+
+class Rootfs(NamedTuple):
+    """The operating system's part: a Debian release and packages of it."""
+
+    release: str
+    packages: tuple[str, ...]
+
+
+class Image(NamedTuple):
+    """One image of containers/images.toml."""
+
+    name: str
+    description: str
+    locks: tuple[str, ...]
+    """Files of envs/ with wheels."""
+    sources: str
+    """File of envs/ with what exists as source only."""
+    epoch: int
+    """Time of every file in it, seconds since 1970."""
+    rootfs: Rootfs
+    cuda: str | None = None
+    driver: int | None = None
+    """Lowest major version of the NVIDIA driver."""
+
+
+@cache
+def images() -> dict[str, Image]:
+    """Every image, by name."""
+    table = tomllib.loads((DEFINITIONS / "images.toml").read_text(encoding="utf-8"))
+    rootfs = Rootfs(table["rootfs"]["release"], tuple(table["rootfs"]["packages"]))
+    return {
+        name: Image(
+            name=name, description=item["description"], locks=tuple(item["locks"]), sources=item["sources"], epoch=table["epoch"],
+            rootfs=rootfs, cuda=item.get("cuda"), driver=item.get("driver"),
+        )
+        for name, item in table["images"].items()
+    }  # fmt: skip
+
+
+def image_named(name: str) -> Image:
+    """The image of that name. Raises UserError."""
+    if name not in images():
+        raise UserError(f"image {name!r}: there is no such image; one of {', '.join(images())} would be right")
+    return images()[name]
+
+
+def committed(name: str) -> dict[str, Any] | None:
+    """What the last committed build of an image was: {digest, inputs: {name: sha256}, bytes}, or None."""
+    if not DIGESTS.exists():
+        return None
+    found = json.loads(DIGESTS.read_text(encoding="utf-8")).get(name)
+    return found if isinstance(found, dict) else None

@@ -1,0 +1,86 @@
+"""The programs that building and running images takes: are they here, and running them with errors one can act on. Torch-free."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from bench.errors import MachineError
+
+PACKAGES = {
+    "mmdebstrap": "mmdebstrap",
+    "buildah": "buildah",
+    "skopeo": "skopeo",
+    "mksquashfs": "squashfs-tools",
+    "unsquashfs": "squashfs-tools",
+    "apptainer": "apptainer",
+    "podman": "podman",
+    "tar": "tar",
+}
+"""Program -> the Debian or Ubuntu package that has it."""
+
+_WORDS = (
+    ("No space left on device", "the disk is full; free some space and run the same command again"),
+    (
+        "newuidmap",
+        "no subordinate ids for user namespaces; on Debian and Ubuntu: apt install uidmap, then a line in /etc/subuid and /etc/subgid",
+    ),
+    (
+        "unshare: ",
+        "the kernel refuses user namespaces (sysctl user.max_user_namespaces); build elsewhere and `container verify` the file here",
+    ),
+    ("DO NOT MATCH THE HASHES", "a wheel is not the locked one; remove it from the wheelhouse and run the same command again"),
+)
+
+
+def require(*programs: str) -> None:
+    """Raise MachineError, naming all of them, if some of `programs` are not here."""
+    missing = [program for program in programs if shutil.which(program) is None]
+    if missing:
+        packages = " ".join(sorted({PACKAGES[program] for program in missing}))
+        raise MachineError(
+            f"images cannot be made here; missing: {', '.join(missing)}; on Debian and Ubuntu: apt install {packages}; "
+            "or build the image on another machine and bring the file"
+        )
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Raise MachineError unless `folder`, or what will hold it, has `needed` bytes free."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise MachineError(
+            f"{existing}: too little space for the image; seen: {free / 1e9:.1f} GB free; {needed / 1e9:.0f} GB would be right"
+        )
+
+
+def run(command: Sequence[str], *, what: str, environment: Mapping[str, str] | None = None, folder: Path | None = None) -> str:
+    """Run a program to its end, say how long it took, and return what it printed. Raises MachineError with its last lines."""
+    begin = time.monotonic()
+    print(f"  {what} ...", flush=True)
+    done = subprocess.run(
+        list(command), env={**os.environ, **(environment or {})}, cwd=folder, text=True, capture_output=True, check=False, errors="replace"
+    )
+    if done.returncode:
+        raise MachineError(f"{what}: {explain(done.stdout + done.stderr)}; seen: {command[0]} ended with {done.returncode}: {tail(done)}")
+    print(f"  {what}: {time.monotonic() - begin:.0f} s", flush=True)
+    return done.stdout
+
+
+def explain(output: str) -> str:
+    """What would be right, by the words of a failed program.
+
+    >>> explain("OSError: [Errno 28] No space left on device")
+    'the disk is full; free some space and run the same command again'
+    """
+    return next((advice for words, advice in _WORDS if words in output), "it failed")
+
+
+def tail(done: subprocess.CompletedProcess[str]) -> str:
+    """The last words of a failed program, on one line."""
+    lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+    return " | ".join(lines[-4:])[-800:] or "nothing printed"
