@@ -12,6 +12,7 @@ from bench.record import Record
 from bench.report.analysis import Analysis, CellResult
 from bench.report.detail_tables import Detail, detail_tables
 from bench.report.device import measured_on
+from bench.report.evidence import evidence_tables
 from bench.report.headline import Answer, Tile, answers, sentences, tiles
 from bench.report.inventory import BadFile
 from bench.report.plots import Figure, stage_figures, style_of
@@ -198,7 +199,7 @@ def _stage(analysis: Analysis, stage: str) -> StagePart:
     table = stage_table(results, bands=bool(analysis.bands))
     strategies = tuple(name for name in analysis.strategies if any(result.cell.strategy == name for result in results))
     return StagePart(
-        stage, SPECS[stage].title, strategies, _grid(analysis, stage), table, tuple(detail_tables(results)),
+        stage, SPECS[stage].title, strategies, _grid(analysis, stage), table, (*detail_tables(results), *evidence_tables(results)),
         tuple(stage_figures(analysis, stage)), tuple(_notes(results)),
     )  # fmt: skip
 
