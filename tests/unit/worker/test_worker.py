@@ -12,6 +12,7 @@ import torch
 
 import bench.worker as worker
 from bench.errors import DataError, MachineError
+from bench.measure.shape import shape_of, shape_of_config
 from bench.record import load_part
 from bench.stages.base import StepReport
 from tests.trials import fork_ranks, only, run_forked, tiny_cell, tiny_trial
@@ -212,6 +213,8 @@ def test_a_part_has_the_facts_that_reports_read(root):
     part = only(run_forked(tiny_trial(tiny_cell("sft", steps=1, semantics="coati-0.2.8", lora_rank=4), root / "facts")))
     assert part.facts["parameters"]["trainable"] < part.facts["parameters"]["total"]
     assert len(part.facts["initial_weights_sha256"]) == 64
+    assert shape_of_config(part.facts["model_config"]) == shape_of("bloom-tiny")
+    assert 8 < part.facts["longest_sequence"] <= 512
     assert part.facts["semantics_switches"] == ["lora-alpha-1", "loss-mean-per-micro-batch"]
     assert part.facts["lora"]["scaling"] == 0.25
     assert part.facts["versions"]["torch"] == torch.__version__
