@@ -38,6 +38,7 @@ schema_app = typer.Typer(help="JSON Schema of the project's files.", no_args_is_
 app.add_typer(schema_app, name="schema")
 
 SuitePath = Annotated[Path, typer.Argument(metavar="SUITE", help="A suite file, for example config/quickstart.yaml.")]
+Container = Annotated[str | None, typer.Option("--container", help="Run every cell in this image: a name, or a .sqfs file.")]
 Results = Annotated[Path, typer.Option("--results", help="Folder that holds a folder for each suite.")]
 Format = Annotated[str, typer.Option("--format", help="text or json.")]
 
@@ -48,11 +49,12 @@ def run(
     profile: Annotated[str, typer.Option(help="Where to run: a folder of profiles/.")] = "local",
     results: Results = Path("results"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
+    container: Container = None,
 ) -> None:
     """Run a suite whole: data, warm starts, every cell, report. Repeat it to resume; what is finished is not repeated."""
     from bench.launch.workflow import run_suite
 
-    raise typer.Exit(run_suite(suite, profile=profile, results=results, dry_run=dry_run))
+    raise typer.Exit(run_suite(suite, profile=profile, results=results, dry_run=dry_run, container=container))
 
 
 @app.command()
@@ -63,6 +65,7 @@ def plan(
     write: Annotated[bool, typer.Option("--write", help="Write results/<suite>/plan.json for Snakemake.")] = False,
     results: Results = Path("results"),
     price: Annotated[float | None, typer.Option(min=0, help="Price of a device-hour, to say what the plan costs.")] = None,
+    container: Container = None,
 ) -> None:
     """Show what a suite means. Cells, blocks, what each needs, what its trials can claim and cost, what is skipped and why."""
     from bench.layout import Layout
@@ -70,7 +73,7 @@ def plan(
     from bench.plan_text import command_text, plan_text
     from bench.report.planning import plan_forecast, plan_notes
 
-    made = make_plan(suite)
+    made = make_plan(suite, container=container)
     if write:
         save_plan(made, Layout(results / made.suite).plan)
     if _format(format) == "json":
@@ -89,7 +92,7 @@ def report(
     """Make the report from records. The same records give the same bytes."""
     from bench.report.commands import report as make
 
-    make(records, output, price=price, ceilings=ceilings)
+    typer.echo(f"Report: {make(records, output, price=price, ceilings=ceilings).html}")
 
 
 @app.command()

@@ -250,7 +250,8 @@ def first_problem(error: ValidationError) -> str:
     """Where the content of a file is first wrong, how, and what was seen there."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"]) or "(file)"
-    return f"at {where}: {first['msg']}; seen: {str(first['input'])[:200]!r}"
+    seen = first["input"].decode("utf-8", "replace") if isinstance(first["input"], bytes) else str(first["input"])
+    return f"at {where}: {first['msg']}; seen: {seen[:200]!r}"
 
 
 def write_json(content: Any, path: Path) -> None:

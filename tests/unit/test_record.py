@@ -92,3 +92,10 @@ def test_a_later_part_of_a_rank_replaces_the_earlier_one(tmp_path: Path) -> None
     later = dataclasses.replace(PART, step=3)
     save_part(later, tmp_path / "part0.json")
     assert load_part(tmp_path / "part0.json").step == 3
+
+
+def test_a_file_that_is_no_json_is_told_with_what_it_says(tmp_path: Path) -> None:
+    path = tmp_path / "0.json"
+    path.write_text("no record at all", encoding="utf-8")
+    with pytest.raises(RecordError, match=r"0\.json: not a record; at \(file\): Invalid JSON: .*; seen: 'no record at all'"):
+        load_record(path)
