@@ -17,6 +17,7 @@ wildcard_constraints:
     **TARGETS.patterns(),
 
 
+include: "rules/container.smk"
 include: "rules/data.smk"
 include: "rules/warm_start.smk"
 include: "rules/block.smk"
@@ -26,6 +27,7 @@ include: "rules/report.smk"
 localrules:
     all,
     cell,
+    container,
     data,
     report,
 

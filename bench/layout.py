@@ -47,6 +47,10 @@ class Layout(NamedTuple):
         """The manifest of a fetched or generated data set: {name, path, sha256, rows, ...}."""
         return self.root / "data" / f"{file_name(name)}.json"
 
+    def image(self, name: str) -> Path:
+        """What `container build` wrote about an image; beside the suites, since they share it."""
+        return self.root.parent / "containers" / f"{name}.json"
+
     def warm(self, key: str) -> Path:
         """Folder of a warm start: weights/ (checkpoint and tokenizer), record.json, work/, and done.json, written last."""
         return self.root / "warm" / key

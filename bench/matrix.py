@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -90,9 +92,16 @@ def known_names() -> Known:
     return Known(strategies=tuple(all_strategies()), model_problem=model_problem, data_problem=data_problem)
 
 
-def make_plan(path: Path) -> Plan:
-    """Read a suite file and expand it. Raises UserError or SuiteError with every mistake."""
-    return expand(read_suite(path, known_names()), str(path))
+def make_plan(path: Path, *, container: str | None = None) -> Plan:
+    """Read a suite file and expand it. Raises UserError or SuiteError with every mistake.
+
+    `container` runs all of its cells there; the suite is then called `<suite>-in-<container>`, with results of its own.
+    """
+    suite = read_suite(path, known_names())
+    if container is not None:
+        name = re.sub(r"[^a-z0-9._-]", "-", Path(container).name.removesuffix(".sqfs").lower())
+        suite = dataclasses.replace(suite, suite=f"{suite.suite}-in-{name}", settings={**suite.settings, "container": container})
+    return expand(suite, str(path))
 
 
 def expand(suite: Suite, source: str) -> Plan:

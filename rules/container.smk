@@ -1,11 +1,9 @@
-"""Images: built once from hashed locks; the file name carries the digest, so that a rebuilt image is another file."""
+"""Images, made once from hashed locks. The file's name carries the digest, so that a rebuilt image is another file."""
 
 
 rule container:
-    """Build an image, or find it built, and note its digest and file. Asked for by name: results/containers/cpu.json."""
+    """Build an image, or find it built, and note its digest and file."""
     output:
-        "results/containers/{image}.json",
-    wildcard_constraints:
-        image="[a-z0-9]+",
+        LAYOUT.image("{image}"),
     shell:
         "coati-bench container build {wildcards.image:q} --output {output:q}"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+from bench.container.images import image_named, images
+from bench.container.runtime import find_image
 from bench.data.manifest import load_manifest
-from bench.errors import BenchError, MachineError
+from bench.errors import BenchError, MachineError, UserError
 from bench.launch.inputs import read_done
 from bench.layout import Layout
 from bench.matrix import Block, Plan
@@ -21,7 +24,8 @@ SPARE_BYTES = 1 * GIB
 def check_readiness(plan: Plan, root: Path) -> None:
     """Raise MachineError with everything that this machine lacks for `plan`, whose results would go to `root`."""
     host = look(root)
-    lacks = [*_lacks_devices(plan, host), *_lacks_memory(plan, host), *_lacks_disk(plan, host)]
+    check_images(plan)
+    lacks = [*_lacks_devices(plan, host), *_lacks_memory(plan, host), *_lacks_disk(plan, host), *_lacks_runtime(plan)]
     if lacks:
         raise MachineError(
             "\n  ".join([f"this machine cannot run the suite {plan.suite}:", *lacks, "`coati-bench doctor` says what it has"])
@@ -80,6 +84,38 @@ def forget_unfinished(plan: Plan, layout: Layout) -> list[str]:
             layout.data(name).unlink()
             forgotten.append(f"data {name} is no longer where it was; it is fetched again")
     return forgotten
+
+
+def check_images(plan: Plan) -> None:
+    """Raise UserError for an image that can never be: an unknown name, or a file that is not there or was changed."""
+    for setting in _containers(plan):
+        if setting.endswith(".sqfs"):
+            find_image(setting)
+        else:
+            image_named(setting)
+
+
+def _lacks_runtime(plan: Plan) -> list[str]:
+    if not _containers(plan) or shutil.which("apptainer") or shutil.which("singularity"):
+        return []
+    return ["its cells run in an image; seen: neither apptainer nor singularity on PATH; `container: none` needs none"]
+
+
+def forget_lost_images(plan: Plan, layout: Layout) -> list[str]:
+    """Remove the notes of images that were built and are gone, or that were built from other locks; return what, in words."""
+    forgotten = []
+    for name in _containers(plan) & images().keys():
+        if layout.image(name).exists():
+            try:
+                find_image(name)
+            except UserError:
+                layout.image(name).unlink()
+                forgotten.append(f"image {name} is not there any more, or of other locks; it is built again")
+    return forgotten
+
+
+def _containers(plan: Plan) -> set[str]:
+    return {cell.settings.container for cell in plan.cells.values()} - {"none"}
 
 
 def _missing(plan: Plan, layout: Layout) -> list[Block]:

@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from bench.cell import canonical_json, cell_to_json
+from bench.cell import Cell, canonical_json, cell_to_json
+from bench.container.images import images
 from bench.data.sources import resolve
 from bench.errors import UserError
 from bench.layout import Layout
@@ -35,6 +36,7 @@ class Targets:
             "block": _any_of(self.blocks),
             "cell": _any_of(self.plan.cells),
             "data": _any_of(self.data),
+            "image": _any_of(images()),
             "warm": _any_of(self.warm),
         }
 
@@ -51,18 +53,24 @@ class Targets:
         """Manifests of its data, and the warm starts that it begins from."""
         warm = self.warm[key]
         names = cell_data(warm.cell) if warm.cell else tuple((warm.tokenizer or {}).get("data", ()))
-        return [self.layout.data(name) for name in names] + self._done(warm.starts.values())
+        images = self._images([warm.cell] if warm.cell else [])
+        return [self.layout.data(name) for name in names] + self._done(warm.starts.values()) + images
 
     def block_inputs(self, block_id: str) -> list[Path]:
         """Its cells, manifests of their data, the warm starts that they begin from, and the blocks that come before."""
         block = self.blocks[block_id]
         paths = [self.layout.cell(cell_id) for cell_id in block.cells] + [self.layout.data(name) for name in block.data]
         begun = sorted({start for starts in block.starts.values() for start in starts.values() if start in self.warm})
-        return paths + self._done(begun) + [self.layout.block(earlier) for earlier in block.after]
+        images = self._images(self.plan.cells[cell_id] for cell_id in block.cells)
+        return paths + self._done(begun) + [self.layout.block(earlier) for earlier in block.after] + images
 
     def all_blocks(self) -> list[Path]:
         """What the report is made from."""
         return [self.layout.block(block_id) for block_id in self.blocks]
+
+    def _images(self, cells: Iterable[Cell]) -> list[Path]:
+        """Images that these cells name; an image's file is there already."""
+        return [self.layout.image(name) for name in sorted({cell.settings.container for cell in cells} & images().keys())]
 
     def _done(self, keys: Iterable[str]) -> list[Path]:
         return [self.layout.warm(key) / "done.json" for key in keys]

@@ -21,7 +21,7 @@ from bench.data.sources import resolve
 from bench.errors import MachineError, UserError
 from bench.launch.follow import Follower
 from bench.launch.guard import Ended, Guarded
-from bench.launch.readiness import check_readiness, forget_unfinished
+from bench.launch.readiness import check_readiness, forget_lost_images, forget_unfinished
 from bench.launch.runlock import Held, hold
 from bench.layout import Layout
 from bench.matrix import Plan, make_plan, save_plan
@@ -35,14 +35,16 @@ LOOK_SECONDS = 0.5
 INTERRUPTED, CANNOT = 130, 3
 
 
-def run_suite(suite: Path, *, profile: str = "local", results: Path = Path("results"), dry_run: bool = False) -> int:
+def run_suite(
+    suite: Path, *, profile: str = "local", results: Path = Path("results"), dry_run: bool = False, container: str | None = None
+) -> int:
     """Run the suite in the file `suite` whole, or what of it is not done yet; the report goes to results/<suite>/report.
 
     Returns 0 when everything planned has a record and the report is made, whatever the outcomes; 3 when something could not be
     made, 2 if only for mistakes of the user's (data that cannot be read), 130 when interrupted. Raises UserError or MachineError
     before anything is started.
     """
-    plan = make_plan(suite)
+    plan = make_plan(suite, container=container)
     layout = Layout(results / plan.suite)
     folder = _check_installation(profile, layout.root)
     if dry_run:
@@ -57,7 +59,7 @@ def run_suite(suite: Path, *, profile: str = "local", results: Path = Path("resu
 
 
 def _run(suite: Path, plan: Plan, layout: Layout, profile: Path, lock: Held) -> int:
-    for text in forget_unfinished(plan, layout):
+    for text in [*forget_unfinished(plan, layout), *forget_lost_images(plan, layout)]:
         say(text)
     command = snakemake_command(layout.root, profile)
     _clear_stale_lock(command, was_killed=lock.was_killed)
