@@ -353,6 +353,8 @@ def _layer_mistakes(path: str, stage: str, settings: dict[str, Any]) -> list[Mis
 
 
 def _near_setting(key: object, names: tuple[str, ...]) -> str:
+    if key in AXES:
+        return "an axis: it goes under axes"
     close = difflib.get_close_matches(str(key), names, n=1)
     return f"did you mean {close[0]!r}?" if close else "see `coati-bench schema suite`"
 

@@ -10,6 +10,7 @@ are those of ColossalAI v0.2.8, applications/Chat/benchmarks/benchmark_gpt_dummy
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections.abc import Callable
@@ -172,7 +173,9 @@ def model_problem(name: str) -> str | None:
         return "this path has no config.json; a model folder has one, next to its weights"
     if _HUB_ID.fullmatch(name) and not name.startswith("."):
         return None
-    return f"no preset, model folder or hub id (org/name) is called so; presets: {', '.join(PRESETS)}"
+    close = difflib.get_close_matches(name, PRESETS, n=1)
+    meant = f"did you mean {close[0]!r}? " if close else ""
+    return f"no preset, model folder or hub id (org/name) is called so; {meant}presets: {', '.join(PRESETS)}"
 
 
 def parameter_count(name: str) -> int | None:

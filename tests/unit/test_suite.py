@@ -55,7 +55,7 @@ def test_a_good_suite_is_read(tmp_path: Path) -> None:
 def test_all_mistakes_are_told_at_once_with_path_problem_and_value() -> None:
     content = minimal(
         axes={"stage": ["sft", "sfd"], "model": ["bloom-tiny"], "strategy": ["zero9"], "lora_rank": [-1], "nodes": []},
-        settings={"precision": "fp8", "learning_rat": 1},
+        settings={"precision": "fp8", "learning_rat": 1, "nodes": 2},
         trials=0,
         exclude=[{"strateg": "naive"}],
     )
@@ -68,6 +68,7 @@ def test_all_mistakes_are_told_at_once_with_path_problem_and_value() -> None:
         "axes.lora_rank[0]: lora_rank is a whole number of at least 0; seen: -1",
         "axes.nodes: at least one value is needed; seen: []",
         "settings.learning_rat: unknown setting of sft, did you mean 'learning_rate'?; seen: 1",
+        "settings.nodes: unknown setting of sft, an axis: it goes under axes; seen: 2",
         "settings.precision: ",
         "trials: ",
         "exclude[0].strateg: unknown axis, did you mean 'strategy'?; seen: 'strateg'",

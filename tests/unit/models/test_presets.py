@@ -88,7 +88,8 @@ def test_presets_folders_and_hub_ids_are_models(tmp_path: Path) -> None:
 def test_an_unknown_name_is_told_with_the_presets() -> None:
     problem = model_problem("blom-tiny")
     assert problem is not None
-    assert "bloom-tiny" in problem
+    assert "did you mean 'bloom-tiny'? presets: bloom-tiny, " in problem
+    assert "did you mean" not in str(model_problem("something else"))
 
 
 def test_a_folder_without_configuration_is_told(tmp_path: Path) -> None:
