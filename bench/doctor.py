@@ -6,10 +6,20 @@ Exit code 0 where at least the quick start can run, else 3.
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from bench.errors import MachineError
+from bench.measure.ceilings import bench_text
 from bench.measure.host import Host, look
+from bench.measure.machine_file import ceilings_folder
+from bench.measure.nvml import all_devices, visible
+from bench.measure.provenance import SOURCE_TREE
+from bench.record import write_json
 
 GIB = 1 << 30
 QUICK_MEMORY, QUICK_DISK = 4 * GIB, 1 * GIB
@@ -18,6 +28,8 @@ REFERENCE_MEMORY = 24 * GIB
 """Of one device, for a BLOOM-560m with a PPO of four models in 16-bit (theory: 13 GiB of states)."""
 SHARED_MEMORY = 1 * GIB
 """NCCL's buffers for the ranks of one machine; containers often give 64 MiB."""
+BENCH_SECONDS = 600.0
+"""Longest measurement of ceilings (a GPU needs half a minute)."""
 NEEDED = ("torch", "transformers", "peft", "colossalai", "snakemake")
 
 
@@ -45,6 +57,38 @@ def run_doctor(*, format: str = "text", folder: Path = Path("results")) -> int: 
     else:
         print("\n".join([*_seen(host), "", *_allowed(able), *_warnings(host)]))
     return 0 if able[0].possible else 3
+
+
+def run_bench(*, format: str = "text", output: Path | None = None, ranks: int | None = None) -> int:  # noqa: A002
+    """Measure what the devices attain (`bench.measure.ceilings`), keep it for later records, print it.
+
+    `ranks` processes measure together, one on each device; by default one for each CUDA device, else one on the CPU. `output`: write the
+    JSON there too. Raises MachineError if a device is in use or the measurement fails.
+    """
+    devices = visible(all_devices())
+    if problem := next(filter(None, (device.busy() for device in devices)), None):
+        raise MachineError(f"{problem}; what it attains now says little; idle devices would be right")
+    found = _measure(ranks or len(devices) or 1)
+    if output is not None:
+        write_json(found, output)
+    kept = f"Kept in {ceilings_folder()}; later records of this machine carry it."
+    print(json.dumps(found, indent=1) if format == "json" else f"{bench_text(found)}\n{kept}")
+    return 0
+
+
+def _measure(ranks: int) -> dict[str, Any]:
+    """Ceilings, by processes of their own: torch is loaded there, and a device is left as it was found."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    line = [sys.executable, *launcher, "-m", "bench.measure.ceilings", "--json"]
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE_TREE), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    try:
+        done = subprocess.run(line, capture_output=True, text=True, timeout=BENCH_SECONDS, check=False, env=environment)
+    except subprocess.TimeoutExpired:
+        raise MachineError(f"the ceilings were not measured within {BENCH_SECONDS:g} s by {ranks} processes; fewer ranks may do") from None
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise MachineError(f"the ceilings cannot be measured; exit code {done.returncode}: {last}; `coati-bench doctor` says what is there")
+    return dict(json.loads(done.stdout))
 
 
 def abilities(host: Host) -> list[Ability]:

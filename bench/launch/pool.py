@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from bench.measure.nvml import Device, all_devices, load_nvml
+from bench.measure.nvml import Device, all_devices, load_nvml, visible
 
 IDLE_SECONDS = 600.0
 """Longest wait for idle devices."""
@@ -45,18 +45,6 @@ def hold_devices(
                 return
         if time.monotonic() >= deadline or pause(1.0):
             raise BusyError(f"{problem}; waited {seconds:g} s")
-
-
-def visible(devices: list[Device]) -> list[Device]:
-    """Those of `devices` that CUDA_VISIBLE_DEVICES names (by index or UUID), in its order; all of them if it is not set."""
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is None:
-        return devices
-    found = []
-    for name in filter(None, (word.strip() for word in chosen.split(","))):
-        by_index = devices[int(name) : int(name) + 1] if name.isdigit() else []
-        found += by_index or [device for device in devices if device.uuid.startswith(name)][:1]
-    return found
 
 
 def _take(count: int, devices: list[Device], folder: Path, locks: ExitStack) -> tuple[list[Device], str | None]:

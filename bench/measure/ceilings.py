@@ -16,13 +16,15 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from bench.measure.devices import DeviceRow, device_row
+from bench.measure.machine_file import cpu_key, remember_ceilings
+from bench.measure.provenance import utc_now
 
 if TYPE_CHECKING:
     import torch
@@ -279,8 +281,11 @@ def _reduce_line(ceilings: dict[str, Any]) -> str:
     )
 
 
-def run(*, as_json: bool = False) -> str:
-    """Measure this process's device, together with the other ranks if torchrun started it; the text of rank 0, else empty."""
+def run(*, as_json: bool = False, store: bool = True) -> str:
+    """Measure this process's device, together with the other ranks if torchrun started it; the text of rank 0, else empty.
+
+    `store`: keep the result in the user's cache for later records (see `machine_file`).
+    """
     import torch
     import torch.distributed as dist
 
@@ -292,13 +297,41 @@ def run(*, as_json: bool = False) -> str:
         on_gpu = device.type == "cuda"
         dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
     try:
-        found = measure_ceilings(device)
+        found = {**_slowest(measure_ceilings(device), ranks), "measured": utc_now(), "torch": torch.__version__}
     finally:
         if ranks > 1:
             dist.destroy_process_group()
+    if store:
+        remember_ceilings(found, device_key(device))
     if rank != 0:
         return ""
     return json.dumps(found, indent=1) if as_json else bench_text(found)
+
+
+def device_key(device: torch.device) -> str:
+    """What its ceilings are kept by: the UUID as NVML writes it, or the host's name for a CPU."""
+    import torch
+
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else cpu_key()
+
+
+def _slowest(found: dict[str, Any], ranks: int) -> dict[str, Any]:
+    """The least of every rate over the ranks' devices, since the slowest one sets the pace; theirs stay under `per_rank`."""
+    import torch.distributed as dist
+
+    if ranks == 1:
+        return found
+    everyone: list[dict[str, Any]] = [{}] * ranks
+    dist.all_gather_object(everyone, found)
+    rates = {dtype: _least(one["matrix_flops_per_second"][dtype] for one in everyone) for dtype in found["matrix_flops_per_second"]}
+    links = {name: _least(one[name] for one in everyone) for name in found if name.endswith("_bytes_per_second")}
+    kept = ("device", "matrix_flops_per_second", "copy_bytes_per_second", "spread")
+    return {**found, "matrix_flops_per_second": rates, **links, "per_rank": [{name: one[name] for name in kept} for one in everyone]}
+
+
+def _least(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return min(known, default=None)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -205,6 +206,18 @@ def all_devices() -> list[Device]:
         return []
     cards = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
     return [device for card in cards for device in _instances(nvml, card) or [Device(nvml, card)]]
+
+
+def visible(devices: list[Device]) -> list[Device]:
+    """Those of `devices` that CUDA_VISIBLE_DEVICES names (by index or UUID), in its order; all of them if it is not set."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
+        return devices
+    found = []
+    for name in filter(None, (word.strip() for word in chosen.split(","))):
+        by_index = devices[int(name) : int(name) + 1] if name.isdigit() else []
+        found += by_index or [device for device in devices if device.uuid.startswith(name)][:1]
+    return found
 
 
 def _instances(nvml: Any, card: Any) -> list[Device]:

@@ -11,9 +11,10 @@ from bench.cell import cell_from_json
 from bench.errors import MachineError
 from bench.launch.alone import alone
 from bench.launch.oom import oom_kills
-from bench.launch.pool import BusyError, LackingError, hold_devices, visible
+from bench.launch.pool import BusyError, LackingError, hold_devices
 from bench.launch.supervise import clean, tail
 from bench.launch.watch import Heartbeats, Place, listening
+from bench.measure.nvml import visible
 from bench.trial import make_trial
 
 

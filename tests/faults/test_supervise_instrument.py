@@ -1,0 +1,94 @@
+"""What the supervisor reads from outside while real rank processes run, and what of it reaches the record and the telemetry file."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from bench.launch.supervise import add_lap_energy, run_trial
+from bench.measure import nvml
+from bench.measure.timeline import Timeline, load_timeline
+from bench.record import Lap, Part, load_record
+from tests.fake_nvml import GIB, FakeNvml
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    """A driver with one idle card."""
+    fake = FakeNvml()
+    monkeypatch.setattr(nvml, "load_nvml", lambda: (fake, None))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return fake
+
+
+@pytest.fixture
+def on_device(fake_trial, agents, tmp_path):
+    """Run a fake rank as a trial of one device and return the record as it was written."""
+
+    def run(behaviour="slow_work"):
+        made = fake_trial({0: behaviour}, ranks=1, launcher="torchrun")
+        trial = replace(made, cell={**made.cell, "device": "cuda"})
+        path = tmp_path / "results" / "records" / "cell" / "0.json"
+        run_trial(trial, path, agents=agents)
+        return load_record(path)
+
+    return run
+
+
+def test_a_trial_on_the_cpu_has_a_telemetry_file_of_its_host(fake_trial, fork_parent, tmp_path):
+    record = run_trial(fake_trial({0: "slow_work", 1: "slow_work"}), tmp_path / "record.json", parent=fork_parent)
+    kept = load_timeline(tmp_path / "record.telemetry.json.gz")
+    assert record.observed["telemetry_file"].endswith("record.telemetry.json.gz")
+    assert kept["devices"] == {}
+    assert len(kept["seconds"]) >= 2
+    assert max(kept["host"]["ranks_resident_bytes"]) <= record.observed["host_peak_bytes"]
+    assert max(kept["host"]["ranks_cpu_seconds"]) >= 0
+    assert record.observed["device_memory_note"] == "the trial ran on the CPU"
+
+
+def test_a_trial_on_a_device_has_its_readings_in_the_suite_s_telemetry_folder(driver, on_device, tmp_path):
+    record = on_device()
+    assert record.outcome == "ok", record.reason
+    assert record.observed["telemetry_file"] == "cell/0.json.gz"
+    kept = load_timeline(tmp_path / "results" / "telemetry" / "cell" / "0.json.gz")
+    assert set(kept["devices"]["GPU-x"]["power_watts"]) == {300.0}
+    found = record.observed["devices"]["GPU-x"]
+    assert (found["power_watts_mean"], found["energy_joules"], found["unknown"]) == (300.0, 0.0, {})
+    assert record.observed["device_memory_baseline_bytes"] == {"GPU-x": GIB}
+
+
+def test_without_an_energy_counter_the_record_says_why(driver, on_device):
+    driver.broken = {"nvmlDeviceGetTotalEnergyConsumption": "Not Supported"}
+    found = on_device().observed["devices"]["GPU-x"]
+    assert (found["energy_joules"], found["laps_energy_joules"]) == (None, [])
+    assert found["unknown"] == {"energy_joules": "NVML: Not Supported"}
+
+
+def test_throttling_meanwhile_is_a_flag(driver, on_device):
+    driver.throttle = 0x40
+    assert "throttled: hardware-thermal" in on_device().flags
+
+
+def test_a_telemetry_file_that_cannot_be_written_loses_no_record(driver, on_device, tmp_path):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "telemetry").write_text("in the way")
+    record = on_device()
+    assert record.outcome == "ok"
+    assert record.observed["telemetry_file"] is None
+    assert record.observed["telemetry_note"].startswith("the telemetry file could not be written: ")
+
+
+def test_energy_of_laps_is_that_of_the_lowest_rank_s_laps():
+    timeline = Timeline()
+    timeline.started, timeline.seconds = 100.0, [0.0, 10.0]
+    timeline.devices = {"GPU-x": {"energy_joules": [0.0, 1000.0]}}
+    laps = [Lap(first_step=step, steps=1, seconds=2.0, counts={}, opened=101.0 + 2 * step) for step in range(3)]
+    parts = {
+        rank: Part(rank=rank, local_rank=0, node=0, world_size=2, hostname="h", pid=1, outcome="ok", laps=laps[rank:]) for rank in (0, 1)
+    }
+    devices = {"GPU-x": {}}
+    add_lap_energy(devices, timeline, parts)
+    assert devices["GPU-x"]["laps_energy_joules"] == pytest.approx([200.0, 200.0, 200.0])
+    add_lap_energy(devices, timeline, {})
+    assert devices["GPU-x"]["laps_energy_joules"] == []
