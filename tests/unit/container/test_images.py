@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from bench.container import build, images, inputs, requirements, verify
+from bench.container.fit import problem
+from bench.container.images import image_named
+from bench.container.tools import explain, require, require_space
+from bench.container.wheelhouse import make_wheelhouse, requirements_of
+from bench.errors import MachineError, UserError
+
+
+@pytest.mark.parametrize("name", list(images.images()))
+def test_an_image_holds_what_the_package_needs_and_none_of_its_developers_tools(name):
+    locked = {item.name for item in requirements.read_lock(requirements.wheel_requirements(image_named(name)))}
+    assert {"torch", "transformers", "peft", "bitsandbytes", "pydantic", "snakemake", "setuptools", "wheel"} <= locked
+    assert not {"pytest", "ruff", "mypy", "playwright", "hypothesis"} & locked
+
+
+@pytest.mark.parametrize("name", list(images.images()))
+def test_everything_in_an_image_is_pinned_and_hashed_and_names_no_place(name):
+    image = image_named(name)
+    for text in (requirements.wheel_requirements(image), requirements.source_requirements(image)):
+        assert "://" not in text
+        items = requirements.read_lock(text)
+        assert items
+        assert all(re.search(r"==\S+ \\\n", item.text) and "--hash=sha256:" in item.text for item in items)
+
+
+def test_an_image_that_is_not_in_the_table_is_refused_with_those_that_are():
+    with pytest.raises(UserError, match=r"image 'curent': there is no such image; one of cpu, current"):
+        image_named("curent")
+
+
+def test_a_changed_lock_is_named_as_what_differs():
+    image = image_named("cpu")
+    now = inputs.build_inputs(image)
+    before = {**now, "wheels": "0" * 64}
+    assert [item.name for item in inputs.differences(before, now)] == ["wheels"]
+
+
+def test_the_package_digest_follows_content_and_not_time(monkeypatch, tmp_path):
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "a.py").write_text("x = 1\n")
+    monkeypatch.setattr(inputs, "SOURCE_TREE", tmp_path)
+    first = inputs.package_digest()
+    (tmp_path / "bench" / "a.py").touch()
+    (tmp_path / "bench" / "__pycache__").mkdir()
+    (tmp_path / "bench" / "__pycache__" / "a.pyc").write_bytes(b"0")
+    assert inputs.package_digest() == first
+    (tmp_path / "bench" / "a.py").write_text("x = 2\n")
+    assert inputs.package_digest() != first
+
+
+@pytest.mark.parametrize(
+    ("driver", "expected"),
+    [("580.159.04", None), ("590.1", None), ("550.54.15", "needs driver 580 or newer; seen: 550.54.15"), (None, "seen: none")],
+)
+def test_an_image_says_which_driver_it_needs(driver, expected):
+    found = problem(image_named("current"), driver)
+    assert found is None if expected is None else expected in found
+    assert problem(image_named("cpu"), driver) is None
+
+
+def built_file(tmp_path, content=b"squashfs"):
+    digest = "sha256:" + "ab" * 32
+    path = tmp_path / "coati-bench-cpu-abababababab.sqfs"
+    path.write_bytes(content)
+    note = {"image": "cpu", "digest": digest, "environment_digest": digest, "inputs": {}, "package": "p",
+            "sha256": {path.name: build.sha256_of(path)}, "squashfs": str(path), "archive": None}  # fmt: skip
+    path.with_suffix(".json").write_text(json.dumps(note))
+    return path
+
+
+def test_an_image_file_is_what_its_note_says(tmp_path):
+    assert verify.check_file(built_file(tmp_path))["image"] == "cpu"
+
+
+@pytest.mark.parametrize("damage", ["tampered", "cut off"])
+def test_a_changed_image_file_is_refused(tmp_path, damage):
+    path = built_file(tmp_path)
+    path.write_bytes(b"squashfz" if damage == "tampered" else b"squ")
+    with pytest.raises(UserError, match=r"not the image that was built; seen: sha256 .*would be right; bring or build it again"):
+        verify.check_file(path)
+
+
+def test_an_image_file_without_its_note_or_not_there_is_refused(tmp_path):
+    path = built_file(tmp_path)
+    path.with_suffix(".json").unlink()
+    with pytest.raises(UserError, match="is not beside it"):
+        verify.check_file(path)
+    with pytest.raises(UserError, match="no such image"):
+        verify.check_file(tmp_path / "x.sqfs")
+
+
+def test_another_digest_is_explained_by_the_inputs_that_differ(monkeypatch, tmp_path):
+    image = image_named("cpu")
+    now = inputs.build_inputs(image)
+    path = built_file(tmp_path)
+    built = build.Built(image, "sha256:new", "sha256:x", now, path)
+    monkeypatch.setattr(verify, "committed", lambda _: {"digest": "sha256:old", "inputs": {**now, "wheels": "f" * 64}})
+    (text,) = verify.verify(image, built)
+    assert "seen: sha256:new; sha256:old is committed; inputs differ: wheels: ffffffffffff -> " in text
+    monkeypatch.setattr(verify, "committed", lambda _: {"digest": "sha256:old", "inputs": now})
+    assert "no input differs" in verify.verify(image, built)[0]
+    monkeypatch.setattr(verify, "committed", lambda _: {"digest": "sha256:new", "inputs": now})
+    assert verify.verify(image, built) == []
+
+
+def test_a_tampered_root_file_system_is_refused(monkeypatch, tmp_path):
+    image = image_named("cpu")
+    recipe = inputs.build_inputs(image)["packages of the system"]
+    monkeypatch.setattr(build, "committed", lambda _: {"inputs": {"packages of the system": recipe, "root file system": "0" * 64}})
+    path = tmp_path / "rootfs.tar"
+    path.write_bytes(b"other")
+    with pytest.raises(MachineError, match="not the committed root file system; seen: sha256"):
+        build.check_rootfs(image, path)
+
+
+def test_missing_programs_are_all_named_with_their_packages(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(MachineError, match=r"missing: buildah, mksquashfs; on Debian and Ubuntu: apt install buildah squashfs-tools"):
+        require("buildah", "mksquashfs")
+
+
+def test_too_little_space_is_said_before_anything_is_made(tmp_path):
+    with pytest.raises(MachineError, match=r"too little space for the image; seen: .* GB free; 1000000 GB would be right"):
+        require_space(tmp_path / "not" / "there", 10**15)
+    assert not (tmp_path / "not").exists()
+
+
+@pytest.mark.parametrize(
+    ("output", "advice"),
+    [("write: No space left on device", "the disk is full"), ("newuidmap: not found", "uidmap"), ("unshare: failed", "user namespaces")],
+)
+def test_a_failed_program_is_explained(output, advice):
+    assert advice in explain(output)
+
+
+def test_a_wheelhouse_goes_into_a_new_folder_only(tmp_path):
+    (tmp_path / "house").mkdir()
+    (tmp_path / "house" / "mine").touch()
+    with pytest.raises(UserError, match="not empty; seen: 1 entries"):
+        make_wheelhouse(image_named("cpu"), tmp_path / "house", python="3.12", cache=tmp_path)
+
+
+def test_a_wheelhouse_lists_its_wheels_with_hashes(tmp_path):
+    (tmp_path / "galore_torch-1.0-py3-none-any.whl").write_bytes(b"wheel")
+    assert (
+        requirements_of(tmp_path) == f"galore-torch==1.0 --hash=sha256:{build.sha256_of(tmp_path / 'galore_torch-1.0-py3-none-any.whl')}\n"
+    )

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench.cell import cell_from_json
+from bench.container import runtime
+from bench.container.inputs import package_digest
+from bench.container.runtime import Bind, Container, container_of, find_image
+from bench.data.cache import sha256_of
+from bench.errors import MachineError, UserError
+from bench.launch.command import Agents
+from bench.record import Input
+from bench.trial import make_trial
+
+
+def cell(**more):
+    return cell_from_json(
+        {"stage": "sft", "model": "bloom-tiny", "strategy": "naive", "steps": 2, "device": "cpu", "container": "cpu", **more}
+    )
+
+
+@pytest.fixture
+def apptainer(tmp_path, monkeypatch):
+    program = tmp_path / "bin" / "apptainer"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent))
+    return program
+
+
+def trial_in(tmp_path, package):
+    image = Input(name="container", path=str(tmp_path / "x.sqfs"), sha256="a" * 64, facts={"package_sha256": package})
+    data = tmp_path / "elsewhere" / "rows.json"
+    data.parent.mkdir()
+    data.touch()
+    work = tmp_path / "results" / "suite" / "logs" / "c" / "0"
+    return make_trial(cell(), 0, data=[Input(name="synthetic-instruct", path=str(data), sha256="b" * 64)], image=image, work=str(work))
+
+
+def test_the_agent_runs_in_the_image_and_sees_only_what_it_needs(tmp_path, apptainer):
+    trial = trial_in(tmp_path, package_digest())
+    (line,) = Agents().command(trial, Path(trial.work) / "trial.json")
+    assert line.startswith(f"{apptainer} exec --contain --cleanenv --no-home ")
+    assert f"--bind {tmp_path}/results/suite:{tmp_path}/results/suite:rw" in line
+    assert f"--bind {tmp_path}/elsewhere:{tmp_path}/elsewhere:ro" in line
+    assert f"{tmp_path}/x.sqfs /opt/venv/bin/python -m torch.distributed.run" in line
+    assert "--env PYTHONPATH=/opt/coati-bench " in line
+    assert "--nv" not in line
+    assert "--env PATH=" not in line
+
+
+def test_another_package_than_the_images_is_bound_over_it(tmp_path, apptainer):
+    container = container_of(trial_in(tmp_path, "of another revision"))
+    line = container.command(["python", "-c", "pass"], {})
+    assert f"{runtime.SOURCE_TREE}:{runtime.SOURCE_TREE}:ro" in line
+    assert f"PYTHONPATH={runtime.SOURCE_TREE}:/opt/coati-bench" in line
+
+
+def test_a_gpu_trial_gets_the_devices(tmp_path, apptainer):
+    assert "--nv" in Container(Path("x.sqfs"), gpu=True).command(["python"], {"CUDA_VISIBLE_DEVICES": "GPU-1"})
+    assert "CUDA_VISIBLE_DEVICES=GPU-1" in Container(Path("x.sqfs"), gpu=True).command(["python"], {"CUDA_VISIBLE_DEVICES": "GPU-1"})
+
+
+def test_a_missing_runtime_is_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(MachineError, match="no container runtime; seen: neither apptainer nor singularity"):
+        Container(Path("x.sqfs")).command(["python"], {})
+
+
+def test_the_image_is_part_of_what_a_trial_computes(tmp_path):
+    trial = trial_in(tmp_path, "p")
+    other = make_trial(trial.parsed_cell, 0, data=trial.data, work=trial.work)
+    assert trial.fingerprint != other.fingerprint
+
+
+def test_a_running_parent_serves_only_trials_whose_files_it_sees():
+    here = Container(Path("x.sqfs"), binds=(Bind(Path("/a"), writable=True), Bind(Path("/b"))))
+    assert here.covers(Container(Path("x.sqfs"), binds=(Bind(Path("/a")),)))
+    assert not here.covers(Container(Path("x.sqfs"), binds=(Bind(Path("/b"), writable=True),)))
+    assert not here.covers(Container(Path("x.sqfs"), binds=(Bind(Path("/c")),)))
+    assert not here.covers(Container(Path("y.sqfs")))
+
+
+def test_an_image_that_was_not_built_here_is_refused_with_the_command_that_builds_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("COATI_BENCH_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match="`coati-bench container build cpu` builds it"):
+        find_image("cpu")
+
+
+def test_of_two_images_with_the_same_locks_that_with_this_package_is_taken(tmp_path, monkeypatch):
+    monkeypatch.setenv("COATI_BENCH_CACHE", str(tmp_path))
+    folder = tmp_path / "images"
+    folder.mkdir()
+    inputs = runtime.build_inputs(runtime.image_named("cpu"))
+    for digest, package in (("aaaaaaaaaaaa", package_digest()), ("bbbbbbbbbbbb", "another")):
+        path = folder / f"coati-bench-cpu-{digest}.sqfs"
+        path.write_bytes(digest.encode())
+        note = {"digest": f"sha256:{digest}", "environment_digest": "e", "inputs": inputs, "package": package, "squashfs": str(path)}
+        sums = {path.name: sha256_of(path)}
+        path.with_suffix(".json").write_text(json.dumps(note | {"sha256": sums}))
+    assert find_image("cpu").digest == "sha256:aaaaaaaaaaaa"
