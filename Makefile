@@ -3,14 +3,20 @@ PYTHON ?= python3
 VENV := .venv
 SHELL := /bin/bash
 
-.PHONY: help install quickstart test lint reference clean
+.PHONY: help install install-deepspeed install-fabric quickstart test lint reference clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1	/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1	/' | expand -t 18
 
 install: ## make .venv from the hashed locks (a second call does nothing)
 	@$(PYTHON) envs/install.py
+
+install-deepspeed: ## the strategies deepspeed_zero2 and deepspeed_zero3 as well
+	@$(PYTHON) envs/install.py --extra deepspeed
+
+install-fabric: ## the strategy fabric (Lightning Fabric) as well
+	@$(PYTHON) envs/install.py --extra fabric
 
 quickstart: install ## three stages x four strategies x LoRA x nodes on the CPU, and a report: minutes
 	@echo "coati-bench run config/quickstart.yaml"

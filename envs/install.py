@@ -2,6 +2,7 @@
 
     python3 envs/install.py                    the family that fits this machine
     python3 envs/install.py --family cpu --into /somewhere/venv
+    python3 envs/install.py --extra deepspeed  an optional extra as well; later installs keep it
 
 Which files pip finds is pip's configuration. Where that has a CPU build of torch, it is taken (a fifth of the size); else
 torch comes as the CUDA build of some gigabytes, which also runs on machines without a GPU. Exit code 3: this machine cannot.
@@ -44,10 +45,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Install coati-bench and what it needs into a virtual environment, from hashed locks.")
     parser.add_argument("--family", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda where an NVIDIA driver is")
     parser.add_argument("--into", type=Path, default=ROOT / ".venv", metavar="FOLDER", help="the virtual environment (default .venv)")
+    parser.add_argument("--extra", action="append", default=[], choices=extras(), help="install this optional extra too; repeatable")
     options = parser.parse_args()
     try:
         check_machine()
-        install(options.into.resolve(), family_here() if options.family == "auto" else options.family)
+        install(options.into.resolve(), family_here() if options.family == "auto" else options.family, options.extra)
     except CannotError as error:
         print(f"coati-bench cannot be installed: {error}", file=sys.stderr)
         return 3
@@ -83,14 +85,29 @@ def family_here() -> str:
     return "cuda" if has_driver and Path("/dev/nvidiactl").exists() else "cpu"
 
 
-def install(venv: Path, family: str) -> None:
-    """Bring `venv` to what the locks say; does nothing if it is there already."""
-    wanted = {"family": family, "python": platform.python_version(), "root": str(ROOT), "locks": hash_of_inputs(family)}
+def extras() -> list[str]:
+    """The optional extras, by their locks."""
+    families = ("cpu", "cuda", "sdist")
+    return sorted(path.stem for path in ENVS.glob("*.lock") if path.stem.split("-")[0] not in families)
+
+
+def read_stamp(venv: Path) -> dict:
+    """What the last install left in `venv`; empty where none ended well."""
     with contextlib.suppress(OSError, ValueError):
-        stamp = json.loads(stamp_path(venv).read_text())
-        if {key: stamp.get(key) for key in wanted} == wanted and (venv / "bin" / "coati-bench").exists():
-            print(f"{shown(venv)} is up to date ({family}, torch {stamp['torch']}); nothing to do")
-            return
+        return json.loads(stamp_path(venv).read_text())
+    return {}
+
+
+def install(venv: Path, family: str, extra: list[str]) -> None:
+    """Bring `venv` to what the locks say, with the extras that it has and these; does nothing if it is there already."""
+    stamp = read_stamp(venv)
+    chosen = sorted({*extra, *(name for name in stamp.get("extras", []) if name in extras())})
+    wanted = {
+        "family": family, "python": platform.python_version(), "root": str(ROOT), "locks": hash_of_inputs(family, chosen), "extras": chosen,
+    }  # fmt: skip
+    if {key: stamp.get(key) for key in wanted} == wanted and (venv / "bin" / "coati-bench").exists():
+        print(f"{shown(venv)} is up to date ({', '.join([family, 'torch ' + stamp['torch'], *chosen])}); nothing to do")
+        return
     make_venv(venv)
     with (venv / "install.lock").open("w") as lock:
         take(lock, venv)
@@ -103,8 +120,11 @@ def install(venv: Path, family: str) -> None:
         pip_install(venv, "packages", [*requirements, *LOCKED], count(locks))
         sources = ["-r", str(ENVS / "sdist.lock"), "--require-hashes", "--no-deps", "--no-build-isolation"]
         pip_install(venv, "packages that exist as source only", sources, count(["sdist.lock"]))
+        for name in chosen:
+            lock_file = ["-r", str(ENVS / f"{name}.lock"), "--require-hashes", "--no-deps", "--no-build-isolation"]
+            pip_install(venv, f"extra {name}", lock_file, count([f"{name}.lock"]))
         pip_install(venv, "coati-bench itself", ["--no-deps", "--no-build-isolation", "-e", str(ROOT)], 1)
-        remove_others(venv, [*locks, "sdist.lock"])
+        remove_others(venv, [*locks, "sdist.lock", *(f"{name}.lock" for name in chosen)])
         stamp_path(venv).write_text(json.dumps({**wanted, "torch": torch}, indent=1) + "\n")
         print(f"installed in {time.monotonic() - started:.0f} s: {shown(venv / 'bin' / 'coati-bench')}")
 
@@ -114,10 +134,10 @@ def stamp_path(venv: Path) -> Path:
     return venv / "coati-bench-installed.json"
 
 
-def hash_of_inputs(family: str) -> str:
+def hash_of_inputs(family: str, chosen: list[str]) -> str:
     """sha256 over everything that decides what is installed."""
     names = {"cpu": ["cpu.lock", "cpu-torch-cpu.lock", "cpu-torch-cuda.lock"], "cuda": ["cuda.lock"]}[family]
-    paths = [*(ENVS / name for name in [*names, "sdist.lock"]), ROOT / "pyproject.toml"]
+    paths = [*(ENVS / name for name in [*names, "sdist.lock", *(f"{name}.lock" for name in chosen)]), ROOT / "pyproject.toml"]
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in paths if path.exists())).hexdigest()
 
 

@@ -2,6 +2,7 @@
 
     python envs/lock.py                           newest versions that fit
     python envs/lock.py --exclude-newer 2026-11-20
+    python envs/lock.py --extras-only             the optional extras, beside the locks that are there
 
 Locks are hashed requirement files for pip: no address of a registry stands in them, so the same lock serves the public
 registry, a mirror and a folder of wheels. There are two families, by torch: `cpu` and `cuda`.
@@ -11,6 +12,7 @@ registry, a mirror and a folder of wheels. There are two families, by torch: `cp
     cpu-torch-cuda.lock  torch's CUDA build and what that needs besides; used where no CPU build is to be had
     cuda.lock            all, for machines with NVIDIA GPUs
     sdist.lock           what exists as source only; built without isolation, after the others
+    NAME.lock            what the optional extra NAME needs besides, for every family
 
 The hashes are those of every file that the registry has for a version; that of the CPU build is kept by later runs on
 machines where pip cannot find one.
@@ -27,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
@@ -54,14 +57,35 @@ def main() -> int:
     """Write the locks; 0, or 3 where uv is missing or finds no resolution."""
     parser = argparse.ArgumentParser(description="Make envs/*.lock from pyproject.toml.")
     parser.add_argument("--exclude-newer", metavar="DATE", help="ignore releases after this date")
+    parser.add_argument("--extras-only", action="store_true", help="leave the other locks as they are")
     options = parser.parse_args()
     facts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["coati-bench"]["lock"]
     extra = ["--exclude-newer", options.exclude_newer] if options.exclude_newer else []
-    before = {path.name: versions(path.read_text()) for path in ENVS.glob("*.lock")}
-    for name, text in make_locks(facts, extra).items():
-        (ENVS / name).write_text(text)
-        print_changes(name, before.get(name, {}), versions(text))
+    if not options.extras_only:
+        save(make_locks(facts, extra))
+    save({f"{name}.lock": extra_lock(name, facts, extra) for name in facts["extras"]})
     return 0
+
+
+def save(locks: dict[str, str]) -> None:
+    """Write the locks and say what changed."""
+    for name, text in locks.items():
+        before = (ENVS / name).read_text() if (ENVS / name).exists() else ""
+        (ENVS / name).write_text(text)
+        print_changes(name, versions(before), versions(text))
+
+
+def extra_lock(name: str, facts: dict, extra: list[str]) -> str:
+    """Return the lock of an optional extra: what it needs beside the locks that are there, the same for every family."""
+    found = {}
+    for family, torch in facts["families"].items():
+        files = [ENVS / "sdist.lock", *(path for path in ENVS.glob(f"{family}*.lock"))]
+        there = [item for path in files for item in parse(path.read_text())]
+        names = {item.name for item in there}
+        found[family] = write(f"extra {name}", [item for item in resolve(torch, facts, extra, name, there) if item.name not in names])
+    if len(set(found.values())) != 1:
+        sys.exit(f"the families want different packages for {name}: {found}")
+    return found.popitem()[1]
 
 
 def make_locks(facts: dict, extra: list[str]) -> dict[str, str]:
@@ -88,13 +112,14 @@ def cpu_locks(torch: str, wheels: list[Locked]) -> dict[str, str]:
     return locks if build is None else {**locks, "cpu-torch-cpu.lock": write(f"cpu: torch {torch}, CPU build", [build])}
 
 
-def resolve(torch: str, facts: dict, extra: list[str]) -> list[Locked]:
-    """Return what uv locks for this torch. Exits where something has no file for the target."""
+def resolve(torch: str, facts: dict, extra: list[str], optional: str = "", there: Sequence[Locked] = ()) -> list[Locked]:
+    """Return what uv locks for this torch, with an extra beside what is `there`. Exits where a file for the target is missing."""
     with tempfile.TemporaryDirectory() as folder:
-        overrides = Path(folder) / "overrides.txt"
+        overrides, constraints = Path(folder) / "overrides.txt", Path(folder) / "constraints.txt"
+        constraints.write_text("".join(f"{item.name}=={item.version}\n" for item in there if item.name != "torch"))
         overrides.write_text("\n".join([f"torch=={torch}", *(f"{name} ; sys_platform == 'never'" for name in facts["drop"])]) + "\n")
         common = f"pip compile pyproject.toml --extra dev --override {overrides} --no-header --no-emit-index-url -q".split()
-        common += [*TARGET, *extra]
+        common += [*TARGET, *extra, "--constraint", str(constraints), *(["--extra", optional] if optional else [])]
         text = uv([*common, "--generate-hashes", "--annotation-style", "line"], Path(folder) / "lock.txt")
         packages = tomllib.loads(uv([*common, "--format", "pylock.toml"], Path(folder) / "pylock.toml"))["packages"]
     sizes = {package["name"]: file_size(package, package["name"] in facts["sdists"]) for package in packages}

@@ -91,8 +91,8 @@ class Project:
             lines.append(f"{package}=={version} \\\n    --hash=sha256:{sha256 or wheel(self.wheels, package, version)}")
         (self.root / "envs" / f"{name}.lock").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
-    def install(self) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(self.root / "envs" / "install.py"), "--family", "cpu", "--into", str(self.venv)]
+    def install(self, *more: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(self.root / "envs" / "install.py"), "--family", "cpu", "--into", str(self.venv), *more]
         return subprocess.run(command, text=True, capture_output=True, check=False)
 
     def installed(self) -> dict[str, str]:
@@ -129,6 +129,22 @@ def test_a_changed_lock_is_followed_and_leftovers_are_removed(project: Project) 
     done = project.install()
     assert "removing what the locks no longer have: tool" in done.stdout
     assert project.installed() == {"instrument": "2.0", "torch": "2.0+cpu"}
+
+
+def test_an_extra_is_installed_when_asked_for_and_kept_by_later_installs(project: Project) -> None:
+    project.lock("shovel", {"shovel": "3.0", "handle": "1.0"})
+    assert project.install("--extra", "shovel").returncode == 0
+    assert project.installed() == {"tool": "1.0", "torch": "2.0+cpu", "shovel": "3.0", "handle": "1.0"}
+    assert project.install().stdout == "venv is up to date (cpu, torch 2.0+cpu, shovel); nothing to do\n"
+    project.lock("shovel", {"shovel": "3.1"})
+    project.install()
+    assert project.installed() == {"tool": "1.0", "torch": "2.0+cpu", "shovel": "3.1"}
+
+
+def test_an_extra_that_has_no_lock_is_a_wrong_call(project: Project) -> None:
+    done = project.install("--extra", "spade")
+    assert done.returncode == 2
+    assert "spade" in done.stderr
 
 
 def test_a_file_that_is_not_the_locked_one_is_refused(project: Project) -> None:
@@ -185,13 +201,23 @@ def locks() -> dict[str, str]:
 
 
 def test_every_locked_requirement_is_exact_and_hashed_and_names_no_address() -> None:
-    assert set(locks()) == {"cpu.lock", "cpu-torch-cpu.lock", "cpu-torch-cuda.lock", "cuda.lock", "sdist.lock"}
+    extras = {"deepspeed.lock", "fabric.lock"}
+    assert set(locks()) == {"cpu.lock", "cpu-torch-cpu.lock", "cpu-torch-cuda.lock", "cuda.lock", "sdist.lock", *extras}
     for text in locks().values():
         requirements = load("lock").parse(text)
         assert requirements
         assert all(item.hashes and all(re.fullmatch(r"sha256:[0-9a-f]{64}", value) for value in item.hashes) for item in requirements)
         assert "://" not in text
         assert not re.search(r"^-", text, re.MULTILINE)
+
+
+def test_an_extra_brings_nothing_that_a_family_has() -> None:
+    versions = {name: load("lock").versions(text) for name, text in locks().items()}
+    for name in load("install").extras():
+        assert name in " ".join(versions[f"{name}.lock"])
+        assert not versions[f"{name}.lock"].keys() & (
+            versions["cpu.lock"].keys() | versions["cuda.lock"].keys() | versions["sdist.lock"].keys()
+        )
 
 
 def test_the_families_differ_in_torch_only() -> None:
