@@ -1,8 +1,9 @@
 """How long reports and comparisons of many records take, and how much memory: `python benchmarks/records.py [RECORDS ...]`.
 
 Records of 100 laps are written into a temporary folder, ten trials a cell, strategies against naive. `report` reads all of them;
-`compare` reads half of them against as many that are 2 % slower. Each runs in a process of its own. For the first size it is
-also shown where the time goes: functions of this package with the share of the time that passes in them and below (profiled).
+`compare` reads half of them against as many that are 2 % slower. Each runs in a process of its own; on a busy machine the
+processor seconds say more than those of the clock. For the first size it is also shown where the time goes: functions of this
+package with the share of the time that passes in them and below (profiled).
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ import json, resource, sys, time
 from pathlib import Path
 start = time.perf_counter()
 {work}
-seconds = time.perf_counter() - start
-print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
+seconds, used = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF)
+print(json.dumps([seconds, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024]))
 """
 REPORT = """
 from bench.report.commands import report
@@ -109,10 +110,10 @@ def run(program: str, folder: Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def measure(work: str, folder: Path) -> tuple[float, float]:
-    """(seconds with imports, peak memory in bytes) of one fresh process."""
-    seconds, memory = json.loads(run(PROGRAM.format(work=work), folder))
-    return seconds, memory
+def measure(work: str, folder: Path) -> tuple[float, float, float]:
+    """(seconds with imports, processor seconds, peak memory in bytes) of one fresh process."""
+    seconds, processor, memory = json.loads(run(PROGRAM.format(work=work), folder))
+    return seconds, processor, memory
 
 
 def profiled(work: str, folder: Path) -> str:
@@ -123,13 +124,14 @@ def profiled(work: str, folder: Path) -> str:
 
 def measured_row(size: int, verb: str, work: str, folder: Path) -> str:
     """A line of the table."""
-    seconds, memory = measure(work, folder)
-    return f"{size:>8} {verb:>8} {seconds:>8.1f} {memory / 1e6:>6.0f} {1000 * seconds / size:>12.2f} {memory / 1e3 / size:>12.1f}"
+    seconds, processor, memory = measure(work, folder)
+    each = f"{1000 * processor / size:>12.2f} {memory / 1e3 / size:>12.1f}"
+    return f"{size:>8} {verb:>8} {seconds:>8.1f} {processor:>8.1f} {memory / 1e6:>6.0f} {each}"
 
 
 def main(sizes: list[int]) -> None:
     """Print the table, and after the first size where the time goes."""
-    print(f"{'records':>8} {'verb':>8} {'seconds':>8} {'MB':>6} {'ms a record':>12} {'kB a record':>12}")
+    print(f"{'records':>8} {'verb':>8} {'seconds':>8} {'CPU s':>8} {'MB':>6} {'ms a record':>12} {'kB a record':>12}")
     for size in sizes:
         with tempfile.TemporaryDirectory() as whole, tempfile.TemporaryDirectory() as halves:
             write_set(Path(whole) / "baseline", size, 1.0)
