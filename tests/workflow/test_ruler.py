@@ -22,12 +22,12 @@ from bench.launch.supervise import run_trial
 from bench.record import load_record
 from bench.report.compare import compare_sets
 from bench.trial import Trial
-from tests.paced_rank import LATE
+from tests.paced_rank import LATE, UNTIMED_STEPS
 from tests.trials import tiny_cell, tiny_trial
 
 ROOT = Path(__file__).parents[2]
 TRIALS, SLOWDOWN, BEAT_SECONDS = 7, 1.05, 0.05
-MOST_LATE = 40
+MOST_LATE = 21
 """Late trials over all sets from which on the machine is too busy for this test."""
 CELL = tiny_cell("sft", micro_batch=2, global_batch=2, sequence_length=128, rows=80, held_out_rows=8, steps=18, lap_steps=1)
 SETS = {"baseline": BEAT_SECONDS, "again": BEAT_SECONDS, "slower": BEAT_SECONDS * SLOWDOWN}
@@ -94,8 +94,9 @@ def test_a_planted_slowdown_of_five_percent_is_found_at_seven_and_seven_real_tri
 
 
 def test_a_clock_reads_what_was_planted(sets: Path) -> None:
-    """The laps of a trial add up to beats x steps, whatever the machine did."""
+    """The laps after the warm-up add up to beats x steps, whatever the machine did."""
     for name, beat in SETS.items():
         for number in range(TRIALS):
             part = load_record(sets / name / "records" / CELL.cell_id / f"{number}.json").parts[0]
-            assert sum(lap.seconds for lap in part.laps) == pytest.approx(beat * 18, rel=0.02)
+            timed = [lap.seconds for lap in part.laps[UNTIMED_STEPS:]]
+            assert sum(timed) == pytest.approx(beat * len(timed), rel=0.02)
