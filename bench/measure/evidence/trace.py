@@ -7,6 +7,7 @@ first training forward pass to the end of its `step()`, once, and costs some mic
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -130,11 +131,15 @@ class ModelTrace:
         return method(*args, **named)
 
     def _step(self, method: Callable[..., Any]) -> Any:
-        self.gradients = self._holdings.gradients()
-        result = method()
-        self.done = True
-        self.remove()
-        return result
+        gradients = self._holdings.gradients()
+        norm = method()
+        if math.isfinite(float(norm)):
+            self.gradients, self.done = gradients, True
+            self.remove()
+        else:  # fp16 overflowed and nothing was updated; the next step may be traced
+            self._silence()
+            self._listener, self._backwards = Listener(), 0
+        return norm
 
     def _listen(self) -> None:
         if not self._listening:

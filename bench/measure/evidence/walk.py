@@ -18,6 +18,9 @@ MOST_OBJECTS = 500_000
 SAMPLES = 1024
 """Values of a tensor that are kept to see how far it moves."""
 
+_PIECE = 1 << 23
+"""Bytes of which a copy is made at a time where a tensor does not begin at a multiple of 8 bytes."""
+
 _LEAVES = (
     str, bytes, bytearray, int, float, complex, bool, type(None), type, range, types.ModuleType, types.FunctionType, types.MethodType,
     types.BuiltinFunctionType, torch.device, torch.dtype, torch.Size, torch.Generator, dist.ProcessGroup, logging.Logger, threading.Thread,
@@ -142,15 +145,15 @@ def digests(tensors: Iterable[Tensor]) -> list[int]:
 
 
 def _digest(tensor: Tensor) -> Tensor:
-    flat = tensor.contiguous().view(torch.uint8).flatten() if tensor.dim() else tensor.reshape(1).view(torch.uint8)
-    whole = flat.numel() // 8 * 8 if flat.storage_offset() % 8 == 0 else 0
-    total = flat[:whole].view(torch.int64).sum() if whole else torch.zeros((), dtype=torch.int64, device=tensor.device)
-    return total + _byte_sum(flat[whole:]) if whole < flat.numel() else total
-
-
-def _byte_sum(rest: Tensor) -> Tensor:
-    """Bytes that are no whole 64-bit words, in pieces, so that no copy of a large tensor is made."""
-    return torch.stack([piece.to(torch.int64).sum() for piece in rest.split(1 << 20)]).sum()
+    """Sum of the 64-bit words, and of the bytes that are left over."""
+    flat = (tensor.contiguous() if tensor.dim() else tensor.reshape(1)).view(torch.uint8).flatten()
+    whole = flat.numel() // 8 * 8
+    pieces = [flat[:whole]] if flat.storage_offset() % 8 == 0 else flat[:whole].split(_PIECE)
+    total = flat[whole:].to(torch.int64).sum()
+    for piece in pieces:
+        aligned = piece if piece.storage_offset() % 8 == 0 else piece.clone()
+        total = total + aligned.view(torch.int64).sum()
+    return total
 
 
 def _together(values: list[Tensor]) -> list[Any]:
