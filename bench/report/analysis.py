@@ -56,8 +56,8 @@ class CellResult:
     def parity(self) -> Parity | None:
         """The worst verdict over trials: struck, no partner, agrees, reference."""
         order = ("struck", "no partner", "agrees", "reference")
-        worst = max((item.curve or 0.0 for item in self.parities), default=0.0)
-        key: Callable[[Parity], tuple[int, bool]] = lambda item: (order.index(item.state), (item.curve or 0.0) != worst)  # noqa: E731
+        worst = max((item.largest or 0.0 for item in self.parities), default=0.0)
+        key: Callable[[Parity], tuple[int, bool]] = lambda item: (order.index(item.state), (item.largest or 0.0) != worst)  # noqa: E731
         return min(self.parities, key=key, default=None)
 
     @cached_property

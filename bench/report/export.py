@@ -44,7 +44,7 @@ def _row(analysis: Analysis, file: str) -> dict[str, Any]:
         "parity": parity.state if parity else None,
         "parity_reason": parity.reason or None if parity else None,
         "parity_first_deviation": parity.first if parity else None,
-        "parity_largest_deviation": parity.curve if parity else None,
+        "parity_largest_deviation": parity.largest if parity else None,
         "reference_band": band.state if band else None,
         **{name: trial.values[name].number if name in trial.values else None for name in METRICS},
         **settings,

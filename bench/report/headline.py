@@ -121,9 +121,9 @@ def _worst(analysis: Analysis) -> str:
     """Largest deviation of the agreeing trials, in fp32 and in 16 bits."""
     largest: dict[str, float] = {}
     for parity in analysis.parities.values():
-        if parity.state == "agrees" and parity.curve is not None:
+        if parity.state == "agrees" and parity.largest is not None:
             kind = "fp32" if parity.single else "16 bits"
-            largest[kind] = max(largest.get(kind, 0.0), parity.curve)
+            largest[kind] = max(largest.get(kind, 0.0), parity.largest)
     return (
         "largest deviation " + listed([f"{value:.1e} in {kind}" for kind, value in sorted(largest.items(), reverse=True)])
         if largest

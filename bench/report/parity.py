@@ -49,6 +49,11 @@ class Parity:
     """Whether both ran in fp32, so that the tight tolerances hold."""
 
     @property
+    def largest(self) -> float | None:
+        """The larger of the two deviations that are held against a tolerance."""
+        return None if self.curve is None else max(self.first or 0.0, self.curve)
+
+    @property
     def text(self) -> str:
         """One line."""
         return f"{self.state}: {self.reason}" if self.reason else self.state

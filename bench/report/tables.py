@@ -154,7 +154,7 @@ def _measured(results: Sequence[CellResult], *, bands: bool) -> list[tuple[Colum
         metric_column(primary),
         *(comparison if any(result.ok and result.clock_problem is None for result in results) else []),
         metric_column("step_seconds", "iteration" if stage == "ppo" else "step"),
-        *([metric_column("mfu")] if any(result.summary("mfu") for result in results) else []),
+        *([metric_column("mfu")] if stage != "ppo" and any(result.summary("mfu") for result in results) else []),
         metric_column(memory),
         *_quality_columns(stage),
     ]
@@ -232,11 +232,11 @@ def parity_cell(result: CellResult) -> TableCell:
     parity = result.parity
     if parity is None:
         return TableCell(DASH, hint="no ok trial with losses", kind="muted")
-    note = "" if parity.curve is None else f"{parity.curve:.1e}" if parity.curve else "exact"
+    note = "" if parity.largest is None else f"{parity.largest:.1e}" if parity.largest else "exact"
     if parity.partner_precision and parity.partner_precision != result.cell.settings.precision:
         note = f"{note} (naive in {parity.partner_precision})"
     kind = {"agrees": "good", "struck": "bad", "no partner": "muted"}.get(parity.state, "")
-    return TableCell(parity.state, note.strip(), parity.curve if parity.curve is not None else "", kind, parity.reason)
+    return TableCell(parity.state, note.strip(), parity.largest if parity.largest is not None else "", kind, parity.reason)
 
 
 def ratio_cell(result: CellResult) -> TableCell:

@@ -203,3 +203,9 @@ def test_a_chart_can_find_the_partner() -> None:
 def test_a_record_without_parts_is_not_judged() -> None:
     empty = make_record(make_cell("sft", "ddp"), ranks=range(0))
     assert judge([Row(empty, empty.parsed_cell, "x.json")]) == {}
+
+
+def test_the_largest_deviation_is_the_first_loss_s_where_that_is_larger() -> None:
+    assert Parity(state="agrees", first=1e-2, curve=3e-3).largest == 1e-2
+    assert Parity(state="agrees", first=1e-3, curve=3e-3).largest == 3e-3
+    assert Parity(state="no partner").largest is None
