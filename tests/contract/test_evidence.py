@@ -127,6 +127,17 @@ def test_tracing_changes_no_loss(root, monkeypatch):
     assert plain.series == traced.series
 
 
+def test_a_step_that_overflowed_fp16_is_not_the_one_that_is_traced(root, monkeypatch):
+    from bench.strategies import zero
+
+    monkeypatch.setattr(zero, "INITIAL_LOSS_SCALE", 2.0**20)
+    part = run(root, "zero2", precision="fp16-master", steps=8)[0]
+    assert part.outcome == "ok", part.reason
+    assert 0 in part.facts["non_finite"]["gradient_norm"]
+    assert evidence(part).traced == "the last step once more, after all that was measured"
+    assert check(part, "gathered").state == check(part, "optimizer").state == "shown"
+
+
 # ----------------------------------------------------------------------------------------------------------------- the lies
 
 
