@@ -84,3 +84,17 @@ def test_the_old_mean_per_micro_batch_makes_accumulation_another_loss(root, stag
     one, eight = (run(root, stage, semantics="coati-0.2.8", micro_batch=micro_batch) for micro_batch in (8, 1))
     name = "loss" if stage == "sft" else "ptx_loss"
     assert abs(one.series[name][0] - eight.series[name][0]) > 1e-3
+
+
+FIRST_IN_16_BITS, PEERS_IN_16_BITS = 2e-2, 1e-3
+"""Largest deviation of a first loss in 16 bits: from naive in fp32, and from another strategy in the same mode."""
+
+
+@pytest.mark.parametrize("stage", SIZES)
+def test_gemini_begins_as_naive_in_fp32_and_as_zero2_in_its_own_precision(root, whole, stage):
+    """Also PPO, whose losses depend on what was sampled: rounding hardly changes a rollout."""
+    gemini, zero2 = (run(root, stage, strategy=name, nodes=2, micro_batch=4, precision="bf16-master") for name in ("gemini", "zero2"))
+    losses = [part.series["loss"] for part in (gemini, zero2, whole[stage])]
+    scale = max(1.0, abs(losses[2][0]))
+    assert abs(losses[0][0] - losses[2][0]) / scale < FIRST_IN_16_BITS
+    assert abs(losses[0][0] - losses[1][0]) / scale < PEERS_IN_16_BITS
