@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+from bench.cell import Cell
 from bench.launch.classify import Verdict
 from bench.launch.rank import node_path
+from bench.measure.node import scheduler_job
 from bench.measure.provenance import environment, machine, source, versions
+from bench.models.presets import PRESETS
 from bench.record import Part, Record
 from bench.strategies.base import all_strategies
 from bench.trial import Trial
@@ -85,17 +89,51 @@ def is_indicative(stage: str, parts: list[Part]) -> bool:
 
 
 def make_provenance(trial: Trial, *, command: list[str], variables: dict[str, str], started: str, ended: str) -> dict[str, Any]:
-    """Versions, source, every node, command, environment, UTC start and end."""
-    nodes = [note for node in range(trial.parsed_cell.nodes) if (note := _node(Path(trial.work), node))]
+    """Versions, source, every node, image, command, environment, model, scheduler's job, UTC start and end.
+
+    Nodes tell of themselves; where none did (ranks that were forked here, or never started), this machine is described.
+    """
+    notes = {node: note for node in range(trial.parsed_cell.nodes) if (note := _node(Path(trial.work), node))}
+    first = notes[min(notes)] if notes else {"versions": versions(), "environment": environment(variables)}
     return {
-        "versions": nodes[0]["versions"] if nodes else versions(),
+        "versions": first["versions"],
         "source": source(),
-        "machines": [note["machine"] for note in nodes] or [machine()],
+        "machines": [{"node": node, **note["machine"]} for node, note in notes.items()] or [{"node": 0, **machine()}],
+        "missing_nodes": [node for node in range(trial.parsed_cell.nodes) if notes and node not in notes],
+        "node_differences": node_differences(notes),
         "image": None if trial.image is None else {"file": Path(trial.image.path).name, **trial.image.facts},
         "command": command,
-        "environment": environment(variables),
+        "environment": first["environment"],
+        "model": _model(trial.parsed_cell),
+        "scheduler": scheduler_job(os.environ),
         "started": started,
         "ended": ended,
+    }
+
+
+def node_differences(notes: dict[int, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Versions and recorded variables of a node that are not those of the first one, by the node's number; nothing differs: {}.
+
+    Which devices a node sees is its own affair.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    first = notes[min(notes)] if notes else {}
+    for node, note in notes.items():
+        for kind in ("versions", "environment"):
+            names = (first[kind].keys() | note[kind].keys()) - {"CUDA_VISIBLE_DEVICES"}
+            if other := {name: note[kind].get(name) for name in sorted(names) if note[kind].get(name) != first[kind].get(name)}:
+                found.setdefault(str(node), {})[kind] = other
+    return found
+
+
+def _model(cell: Cell) -> dict[str, str | None]:
+    """Where the model's shape and weights come from: name, `weights`, and the pinned repository of published ones."""
+    preset = PRESETS.get(cell.model) if cell.settings.weights == "pretrained" else None
+    return {
+        "name": cell.model,
+        "weights": cell.settings.weights,
+        "hub_id": preset.hub_id if preset else None,
+        "revision": preset.revision if preset else None,
     }
 
 
@@ -104,4 +142,4 @@ def _node(work: Path, node: int) -> dict[str, Any] | None:
         note = json.loads(node_path(work, node).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return note if isinstance(note, dict) and {"machine", "versions"} <= note.keys() else None
+    return note if isinstance(note, dict) and {"machine", "versions", "environment"} <= note.keys() else None

@@ -106,15 +106,16 @@ def main(arguments: list[str]) -> None:
 
 
 def node_path(work: Path, node: int) -> Path:
-    """Where a node notes what it is: {machine, versions}, as seen inside its container."""
+    """Where a node notes what it is: {machine, versions, environment}, as seen inside its container."""
     return work / f"node{node}.json"
 
 
 def _note_node(work: Path, node: int) -> None:
-    from bench.measure.provenance import machine, versions
+    from bench.measure.provenance import environment, machine, versions
 
+    note = {"machine": machine(), "versions": versions(), "environment": environment(dict(os.environ))}
     with suppress(OSError):
-        node_path(work, node).write_text(json.dumps({"machine": machine(), "versions": versions()}), encoding="utf-8")
+        node_path(work, node).write_text(json.dumps(note), encoding="utf-8")
 
 
 if __name__ == "__main__":

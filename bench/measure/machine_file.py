@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from bench.layout import cache_folder, file_name
-from bench.record import write_json
 
 SCHEMA = "coati-bench/ceilings/1"
 
@@ -36,6 +35,8 @@ def ceilings_file(key: str) -> Path:
 
 def remember_ceilings(found: Mapping[str, Any], key: str) -> Path:
     """Keep the ceilings of a device. Raises OSError."""
+    from bench.record import write_json  # not needed by those who only read, one process on every node
+
     path = ceilings_file(key)
     write_json({"schema": SCHEMA, **found}, path)
     return path

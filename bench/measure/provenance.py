@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.measure.machine_file import known_ceilings
-from bench.measure.nvml import describe_devices
+from bench.measure.node import device_numa_node, fabric, network, numa, operating_system, processors
+from bench.measure.nvml import describe_devices, describe_links
 
 SOURCE_TREE = Path(__file__).resolve().parents[2]
 
@@ -119,31 +120,30 @@ def _package_sha256() -> str:
 
 @cache
 def machine() -> dict[str, Any]:
-    """What this node is: host name, kernel, CPU, memory, container, devices, and what was measured of it before. Call it on every node."""
-    devices = describe_devices()
+    """What this node is: system, CPU, NUMA, memory, network, container, devices and how they are linked, and what was measured of it.
+
+    Call it on every node.
+    """
+    devices, nodes = describe_devices(), numa()
     return {
         "hostname": platform.node(),
+        "operating_system": operating_system(),
         "kernel": platform.release(),
         "architecture": platform.machine(),
-        "cpu": _cpu_model(),
+        **processors(),
         "cores": os.cpu_count(),
         "usable_cores": len(os.sched_getaffinity(0)),
-        "numa_nodes": len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))) or None,
+        "numa_nodes": len(nodes) or None,
+        "numa": nodes,
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "container": _container(),
         "container_locks_sha256": _container_locks(),
-        "devices": devices,
+        "network": network(),
+        "fabric": fabric(),
+        "devices": [{**device, "numa_node": device_numa_node(device["pci_bus"])} for device in devices],
+        "links": describe_links(),
         "ceilings": known_ceilings(devices),
     }
-
-
-def _cpu_model() -> str | None:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found.group(1).strip() if found else None
 
 
 def _container() -> str | None:

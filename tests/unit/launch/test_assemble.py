@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 
 import pytest
 
@@ -67,13 +68,48 @@ def test_a_window_shorter_than_30_steps_or_60_seconds_after_the_warm_up_is_indic
     assert is_indicative(stage, [part(0, laps, steps, seconds)]) is expected
 
 
+def note(folder, node, *, torch="9", **environment):
+    content = {"machine": {"hostname": f"n{node}"}, "versions": {"torch": torch}, "environment": {"NCCL_DEBUG": "INFO", **environment}}
+    (folder / f"node{node}.json").write_text(json.dumps(content))
+
+
+def provenance_of(a_trial):
+    return make_provenance(a_trial, command=["x"], variables={"NCCL_DEBUG": "WARN", "HOME": "/h"}, started="a", ended="b")
+
+
 def test_every_node_that_told_what_it_is_stands_in_the_provenance(tmp_path):
     two = trial(tmp_path, nodes=2, processes_per_node=1)
     for node in range(2):
-        (tmp_path / f"node{node}.json").write_text(json.dumps({"machine": {"hostname": f"n{node}"}, "versions": {"torch": "9"}}))
-    found = make_provenance(two, command=["x"], variables={"NCCL_DEBUG": "INFO", "HOME": "/h"}, started="a", ended="b")
-    assert [machine["hostname"] for machine in found["machines"]] == ["n0", "n1"]
-    assert found["versions"] == {"torch": "9"}
-    assert found["environment"] == {"NCCL_DEBUG": "INFO"}
-    (tmp_path / "node0.json").write_text("{")
-    assert len(make_provenance(two, command=[], variables={}, started="a", ended="b")["machines"]) == 1
+        note(tmp_path, node, CUDA_VISIBLE_DEVICES=f"GPU-{node}")
+    found = provenance_of(two)
+    assert found["machines"] == [{"node": 0, "hostname": "n0"}, {"node": 1, "hostname": "n1"}]
+    assert (found["versions"], found["missing_nodes"], found["node_differences"]) == ({"torch": "9"}, [], {})
+    assert found["environment"] == {"NCCL_DEBUG": "INFO", "CUDA_VISIBLE_DEVICES": "GPU-0"}, "as the first node's ranks saw it"
+
+
+def test_a_node_that_told_nothing_is_missing_and_one_that_differs_is_told(tmp_path):
+    three = trial(tmp_path, nodes=3, processes_per_node=1)
+    note(tmp_path, 0)
+    note(tmp_path, 2, torch="8", OMP_NUM_THREADS="4")
+    (tmp_path / "node1.json").write_text("{")
+    found = provenance_of(three)
+    assert [machine["node"] for machine in found["machines"]] == [0, 2]
+    assert found["missing_nodes"] == [1]
+    assert found["node_differences"] == {"2": {"versions": {"torch": "8"}, "environment": {"OMP_NUM_THREADS": "4"}}}
+
+
+def test_without_a_word_from_any_node_this_machine_is_described(tmp_path):
+    found = provenance_of(trial(tmp_path))
+    (machine,) = found["machines"]
+    assert machine["hostname"] == platform.node()
+    assert {"numa", "network", "fabric", "devices", "links", "ceilings", "cpu_governor"} <= machine.keys()
+    assert (found["missing_nodes"], found["environment"]) == ([], {"NCCL_DEBUG": "WARN"})
+
+
+def test_a_job_of_the_scheduler_and_the_model_s_source_are_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    found = provenance_of(trial(tmp_path, model="bloom-560m", weights="pretrained"))
+    assert found["scheduler"]["job"] == "4711"
+    assert found["model"]["hub_id"] == "bigscience/bloom-560m"
+    assert len(found["model"]["revision"]) == 40
+    assert provenance_of(trial(tmp_path))["model"] == {"name": "bloom-tiny", "weights": "random", "hub_id": None, "revision": None}

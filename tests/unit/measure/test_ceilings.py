@@ -102,7 +102,7 @@ def test_two_ranks_measure_their_all_reduce():
     script = (
         "from bench.measure import ceilings as c; \n"
         "c.MATRIX_SIZE['cpu'], c.COPY_BYTES['cpu'], c.REDUCE_BYTES['cpu'] = 32, 4096, 65536\n"
-        "print(c.run(as_json=True))\n"
+        "print(c.run(as_json=True, store=False))\n"
     )
     environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     ranks = [_start(script, {**environment, "RANK": str(rank)}) for rank in range(2)]
