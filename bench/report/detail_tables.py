@@ -23,6 +23,10 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "peak_allocated_gib", "theory_peak_gib", "unexplained_memory_gib", "theory_state_gib", "peak_reserved_gib", "device_memory_gib",
         "host_peak_gib",
     ),
+    "Losses, quality and sizes": (
+        "first_loss", "final_loss", *(name for name in METRICS if name.startswith("held_out_")), "final_reward", "final_kl",
+        "first_ratio_error", "rollout_logprob_error", "parameters", "trainable_parameters",
+    ),
     "Energy and cost": (
         "energy_per_1000_loss_tokens", "energy_per_iteration", "energy_joules", "trial_energy_per_1000_loss_tokens",
         "trial_energy_per_iteration", "device_hours_per_million_loss_tokens",

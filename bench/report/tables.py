@@ -165,7 +165,7 @@ def _measured(results: Sequence[CellResult], *, bands: bool) -> list[tuple[Colum
 
 def _quality_columns(stage: str) -> list[tuple[Column, Make]]:
     last = "final_reward" if stage == "ppo" else "final_loss"
-    names = {"sft": ("loss",), "rm": ("accuracy", "margin", "loss"), "ppo": ("reward", "kl")}[stage]
+    names = {"sft": ("loss",), "rm": ("accuracy", "margin"), "ppo": ("reward", "kl")}[stage]
     return [metric_column(last), *(_held_out_column(name) for name in names)]
 
 
