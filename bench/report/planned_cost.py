@@ -8,29 +8,16 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain, islice, zip_longest
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-from pydantic import ValidationError
-
 from bench.cell import Cell, cell_to_json, identity
-from bench.errors import RecordError
-from bench.layout import Layout
 from bench.matrix import Plan
-from bench.measure.conditions import conditions
-from bench.record import Record, load_record
-from bench.report.inventory import Row
-from bench.report.metrics import METRICS, NoValue, Trial
+from bench.report.past_trials import Past
 from bench.report.text import counted
-from bench.report.windows import job_laps
 
 JOULES_PER_KWH = 3.6e6
-MOST_TRIALS, MOST_RECORDS = 3, 300
-"""Earlier trials of one cell, and of all of one suite, that are read: planning answers at once."""
 WORK = ("steps", "epochs", "iterations", "prompts_per_iteration", "global_batch", "sequence_length", "prompt_length", "response_length")
 """Settings that the seconds of the loop are scaled by, so that they tell no cells apart."""
 NO_MATTER = (*WORK, "base_seed", "lap_steps", "held_out_rows", "learning_rate", "schedule", "warmup_share", "kl_coef", "save_every")
@@ -39,19 +26,6 @@ SAME = ("stage", "model", "nodes", "processes_per_node", "device", "launcher")
 MOST_REASONS = 4
 """Reasons that are printed; the JSON form has all."""
 KINDS = ("the same cell", "the nearest cell", "unknown")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Past:
-    """What one earlier trial took."""
-
-    cell: Cell
-    device: str
-    seconds: float
-    loop_seconds: float
-    """Of them, the laps of the slowest rank."""
-    joules: float | None
-    """Null where the devices count no energy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,12 +82,12 @@ class PlannedCost:
         return dict(found)
 
 
-def planned_costs(plan: Plan, results: Path) -> tuple[PlannedCost, ...]:
-    """The cost on each kind of device that `results` has earlier trials of, that with most known trials first."""
+def planned_costs(plan: Plan, pasts: Iterable[Past]) -> tuple[PlannedCost, ...]:
+    """The cost on each kind of device that there are earlier trials of, that with most known trials first."""
     groups: dict[str, list[Past]] = defaultdict(list)
-    for past in _pasts(_earlier(results, plan.suite), {cell.settings.device for cell in plan.cells.values()}):
+    for past in pasts:
         groups[past.device].append(past)
-    found = [PlannedCost(device=device, estimates=tuple(_estimates(plan, pasts))) for device, pasts in groups.items()]
+    found = [PlannedCost(device=device, estimates=tuple(_estimates(plan, group))) for device, group in groups.items()]
     known = [cost for cost in found if cost.trials() > cost.trials("unknown")]
     return tuple(sorted(known, key=lambda cost: (cost.trials("unknown"), cost.device)))
 
@@ -159,46 +133,6 @@ def costs_to_json(costs: Iterable[PlannedCost], price: float | None = None) -> l
 
 def _estimate_to_json(item: Estimate) -> dict[str, Any]:
     return {"trials": item.trials, "by": item.kind, "seconds": item.seconds, "joules": item.joules}
-
-
-# -- earlier trials ----------------------------------------------------------------------------------------------
-
-
-def _earlier(results: Path, suite: str) -> Iterator[Record]:
-    """Records under results/references and results/<suite>: the first of each cell, then the second, up to some number."""
-    folders = [path.parent for path in sorted((results / "references").glob("*/*/records"))] + [results / suite]
-    for layout in map(Layout, folders):
-        cells = sorted(path for path in layout.records.glob("*") if path.is_dir())
-        trials = zip_longest(*(sorted(cell.glob("*.json"))[:MOST_TRIALS] for cell in cells))
-        files = islice((file for rank in trials for file in rank if file), MOST_RECORDS)
-        for file in chain(files, sorted(layout.root.glob("warm/*/record.json"))):
-            with suppress(RecordError):
-                yield load_record(file)
-
-
-def _pasts(records: Iterable[Record], devices: set[str]) -> Iterator[Past]:
-    for record in records:
-        if record.outcome != "ok" or record.cell.get("device") not in devices:
-            continue
-        with suppress(KeyError, ValidationError):  # a cell of another version says nothing about this plan
-            if past := _past(record, record.parsed_cell):
-                yield past
-
-
-def _past(record: Record, cell: Cell) -> Past | None:
-    seconds = record.observed.get("seconds")
-    if not isinstance(seconds, (int, float)) or seconds <= 0 or not record.parts:
-        return None
-    loop = sum(lap.seconds for lap in job_laps(record))
-    device = conditions(record).get("device name", "an unnamed device")
-    return Past(cell=cell, device=device, seconds=float(seconds), loop_seconds=min(loop, float(seconds)), joules=_joules(record, cell))
-
-
-def _joules(record: Record, cell: Cell) -> float | None:
-    try:
-        return METRICS["energy_joules"].compute(Trial(Row(record, cell, "")))
-    except NoValue:
-        return None
 
 
 # -- planned trials ----------------------------------------------------------------------------------------------

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import cache
 from math import exp, log, sqrt
 from typing import Any
@@ -15,6 +15,7 @@ from bench.cell import Cell
 from bench.matrix import Plan
 from bench.report.inventory import BASELINE
 from bench.report.parity import comparison_key
+from bench.report.past_trials import Spread
 from bench.report.statistics import FEWEST, LEVEL, THRESHOLD, needed_trials, sign_patterns
 from bench.strategies.base import all_strategies
 
@@ -110,15 +111,18 @@ def _is_timed(cell: Cell) -> bool:
     return cell.settings.launcher == "torchrun" and not all_strategies()[cell.strategy].emulated(cell)
 
 
-def sample_size_lines(plan: Plan) -> list[str]:
-    """What the planned trials can claim, a line for each size of family; one line if nothing will be claimed."""
+def sample_size_lines(plan: Plan, measured: Sequence[Spread] = ()) -> list[str]:
+    """What the planned trials can claim, a line for each size of family; one line if nothing will be claimed.
+
+    `measured` are spreads of earlier trials, for which the smallest difference is said too.
+    """
     found = Counter((family.cell.stage, family.comparisons) for family in families(plan))
     if not found:
         return ["Claims: none; no naive cell and strategy of one setting are both timed (fork and emulation make no timing claims)."]
-    return [_line(stage, comparisons, count, plan.trials) for (stage, comparisons), count in found.items()]
+    return [_line(stage, comparisons, count, plan.trials, measured) for (stage, comparisons), count in found.items()]
 
 
-def claims_to_json(plan: Plan) -> list[dict[str, Any]]:
+def claims_to_json(plan: Plan, measured: Sequence[Spread] = ()) -> list[dict[str, Any]]:
     """What the planned trials can claim, for programs: an entry for each size of family."""
     found = Counter((family.cell.stage, family.comparisons) for family in families(plan))
     return [
@@ -126,12 +130,19 @@ def claims_to_json(plan: Plan) -> list[dict[str, Any]]:
             "stage": stage, "comparisons": comparisons, "families": count, "planned_trials": plan.trials,
             "needed_trials": needed_trials(comparisons),
             "detectable_difference": {f"{cv:g}": detectable_difference(plan.trials, cv=cv, comparisons=comparisons) for cv in CVS},
+            "measured": [
+                {**asdict(spread), "detectable_difference": _detectable(plan.trials, spread, comparisons)} for spread in measured
+            ],
         }
         for (stage, comparisons), count in found.items()
     ]  # fmt: skip
 
 
-def _line(stage: str, comparisons: int, count: int, trials: int) -> str:
+def _detectable(trials: int, spread: Spread, comparisons: int) -> float | None:
+    return detectable_difference(trials, cv=max(round(spread.cv, 3), 0.001), comparisons=comparisons)
+
+
+def _line(stage: str, comparisons: int, count: int, trials: int, measured: Sequence[Spread]) -> str:
     what = f"{comparisons} comparison{'s' * (comparisons > 1)} with naive"
     sets = f"{stage}, {what}{f', {count} times' if count > 1 else ''}"
     needed = needed_trials(comparisons)
@@ -140,4 +151,10 @@ def _line(stage: str, comparisons: int, count: int, trials: int) -> str:
         return f"Claims ({sets}): a difference needs {needed} trials; {planned}, so `no claim` (which never means no difference)."
     smallest = [(cv, detectable_difference(trials, cv=cv, comparisons=comparisons)) for cv in CVS]
     words = " and ".join(f"{difference:.1%} at a CV of {cv:.0%}" for cv, difference in smallest if difference)
-    return f"Claims ({sets}): needs {needed} trials; {planned}, which find differences from about {words} between trials."
+    seen = [_measured(spread, _detectable(trials, spread, comparisons)) for spread in measured]
+    return f"Claims ({sets}): needs {needed} trials; {planned}, which find differences from about {words} between trials{''.join(seen)}."
+
+
+def _measured(spread: Spread, difference: float | None) -> str:
+    where = f"the CV of {spread.trials} earlier trials of {spread.cells} cell{'s' * (spread.cells > 1)} on {spread.device}"
+    return f"; {'none' if difference is None else f'{difference:.1%}'} at {spread.cv:.1%}, {where}"

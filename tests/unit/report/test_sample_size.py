@@ -6,7 +6,8 @@ import pytest
 
 from bench.cell import Cell
 from bench.matrix import Plan, make_plan
-from bench.report.sample_size import detectable_difference, families, sample_size_lines
+from bench.report.past_trials import Spread
+from bench.report.sample_size import claims_to_json, detectable_difference, families, sample_size_lines
 from bench.report.statistics import THRESHOLD, compare_all, verdicts
 from tests.unit.report.test_statistics_simulated import simulated
 
@@ -63,6 +64,15 @@ def test_the_plan_says_what_so_many_trials_can_claim(tmp_path: Path) -> None:
         "Claims (sft, 3 comparisons with naive, 2 times): needs 7 trials; 7 trials planned, which find differences from about "
     )
     assert line.endswith("% at a CV of 2% between trials.")
+
+
+def test_the_plan_says_what_is_found_at_the_spread_of_earlier_trials(tmp_path: Path) -> None:
+    spread = Spread(cv=0.0123, cells=2, trials=14, device="NVIDIA H100")
+    [line] = sample_size_lines(plan_of(tmp_path), [spread])
+    difference = detectable_difference(7, cv=0.012, comparisons=3) or 0
+    assert line.endswith(f" between trials; {difference:.1%} at 1.2%, the CV of 14 earlier trials of 2 cells on NVIDIA H100.")
+    [entry] = claims_to_json(plan_of(tmp_path), [spread])
+    assert entry["measured"][0]["detectable_difference"] == difference
 
 
 def test_the_plan_says_that_too_few_trials_claim_nothing(tmp_path: Path) -> None:
