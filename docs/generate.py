@@ -15,6 +15,7 @@ ROOMS = {
     "bench/models": "models, tokenizers, adapters",
     "bench/data": "sources, formats, synthetic sets, batches",
     "bench/measure": "clocks, memory, provenance",
+    "bench/measure/evidence": "proof that a strategy is active",
     "bench/launch": "ranks, supervision, blocks, Snakemake",
     "bench/report": "from records to a page",
 }
