@@ -72,6 +72,8 @@ def peak_of(trial: Trial) -> float:
 def attained_rate(trial: Trial) -> float:
     """FLOP/s of matrix products that `doctor --bench` measured: on the trial's node, else on such a device; NoValue otherwise."""
     dtype, name = product_dtype(trial), name_in(trial)
+    if name == "cpu":
+        raise NoValue("what a CPU attains depends on the threads of each rank")
     rates = [rate for found in _ceilings(trial, name) if (rate := (found.get("matrix_flops_per_second") or {}).get(dtype))]
     rate = min(rates) if rates else trial.given.ceilings.get(name, {}).get(dtype)
     if not rate:

@@ -135,6 +135,13 @@ def test_nothing_attained_was_measured() -> None:
     assert str(trial_of(SFT).values["vs_attainable"].reason).startswith(f"no matrix-product rate of {H100} in bf16 was measured")
 
 
+def test_a_cpu_is_held_to_nothing_that_other_threads_attained() -> None:
+    machine = {"ceilings": {"device": "cpu", "matrix_flops_per_second": {"fp32": 1.0}}}
+    trial = trial_of(make_cell("sft"), machine=machine)
+    assert trial.values["vs_attainable"].reason == "what a CPU attains depends on the threads of each rank"
+    assert trial.impossible == ()
+
+
 def test_files_of_ceilings(tmp_path: Path) -> None:
     own = {"device": H100, "matrix_flops_per_second": {"bf16": 7e14, "tf32": None}}
     other = [{"ceilings": {"device": "NVIDIA L4", "matrix_flops_per_second": {"bf16": 9e13}}}, {**own, "device": H100}]
