@@ -96,7 +96,8 @@ def test_ranks_on_different_devices_have_no_common_peak() -> None:
 
 def test_a_model_of_unknown_sizes_says_so() -> None:
     cell = make_cell("sft", steps=50, **{**GPU, "model": "/models/mine"})
-    assert trial_of(cell).values["mfu"].reason == "the sizes of /models/mine are not known: the record does not tell them, and it is no preset"
+    reason = "the sizes of /models/mine are not known: the record does not tell them, and it is no preset"
+    assert trial_of(cell).values["mfu"].reason == reason
 
 
 def test_a_record_tells_the_sizes_of_its_model() -> None:
