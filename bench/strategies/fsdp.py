@@ -2,7 +2,7 @@
 
 What this file decides
 * A unit of gathering is a layer of the transformer; embeddings, last norm and head, which are often one tensor, are the root's.
-  torch keeps the root gathered between a forward and a backward pass, and so after a forward pass that none follows.
+  torch keeps the root gathered from a forward to its backward pass; after a forward pass without gradients it is dropped here.
 * Gradients are reduced in every micro-step, so that they are never whole on a rank; torch's other way, to reduce in the last one
   only, keeps whole gradients of the model meanwhile.
 * `bf16-master` and `fp16-master` are torch's `MixedPrecisionPolicy`: the shards are the fp32 masters, and a layer is rounded when it is
@@ -48,13 +48,12 @@ class FsdpEngine(TorchEngine):
         super().backward(loss * self._ranks, last=last)
 
     def step(self) -> float | torch.Tensor:
-        """See `Engine.step`. What a forward pass left gathered is of the old weights, so it is dropped."""
+        """See `Engine.step`. What a forward pass may have left gathered is of the old weights, so it is dropped."""
         self._sharded.reshard()
         return super().step()
 
     def full_state(self) -> dict[str, torch.Tensor] | None:
         """See `Engine.full_state`. Gathers tensor by tensor."""
-        self._sharded.reshard()
         return gathered_state(self.module, storage_dtype(self._precision))
 
     def _local(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -85,11 +84,8 @@ def store(module: nn.Module, precision: str) -> None:
         parameter.data = rounded.float() if precision in MASTER_MODES and parameter.requires_grad else rounded
 
 
-def shard(module: nn.Module, device: torch.device, *, reshard_root: bool | None = None, **arguments: Any) -> FSDPModule:
-    """Put the parameters of `module` in shards over all ranks, in place; the same object with the methods of FSDP.
-
-    `reshard_root` null is torch's choice: what the root itself holds stays gathered after a forward pass.
-    """
+def shard(module: nn.Module, device: torch.device, **arguments: Any) -> FSDPModule:
+    """Put the parameters of `module` in shards over all ranks, in place; the same object with the methods of FSDP."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -97,7 +93,17 @@ def shard(module: nn.Module, device: torch.device, *, reshard_root: bool | None 
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for layer in layers(module):
         fully_shard(layer, mesh=mesh, **arguments)
-    return fully_shard(module, mesh=mesh, reshard_after_forward=reshard_root, **arguments)
+    sharded = fully_shard(module, mesh=mesh, **arguments)
+    module.register_forward_hook(_drop_unless_needed)
+    return sharded
+
+
+def _drop_unless_needed(root: Any, _: Any, __: Any) -> None:
+    """After FSDP's own hook: no backward pass follows a forward pass without gradients, so nothing has to stay gathered."""
+    import torch
+
+    if not torch.is_grad_enabled():
+        root.reshard()
 
 
 def gathered_state(module: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor] | None:
@@ -146,10 +152,10 @@ class Fsdp(Strategy):
         return FsdpEngine(module, cell, device, learning_rate=learning_rate)
 
     def place_frozen(self, module: nn.Module, cell: Cell, device: torch.device) -> nn.Module:
-        """See `Strategy.place_frozen`. In shards, the root's parameters too as soon as they were used."""
+        """See `Strategy.place_frozen`. In shards."""
         copied = copy.deepcopy(module).requires_grad_(False).eval()
         store(copied, cell.settings.precision)
         if cell.settings.precision == "bf16-autocast":
             autocast_forward(copied, device)
-        shard(copied, device, reshard_root=True)
+        shard(copied, device)
         return copied
