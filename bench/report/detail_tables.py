@@ -20,7 +20,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "prompt_tokens_per_second", "learned_tokens_per_second", "make_experience_seconds", "learn_seconds", "other_seconds", "other_share",
     ),
     "Memory": (
-        "peak_allocated_gib", "theory_peak_gib", "unexplained_memory_gib", "theory_state_gib", "peak_reserved_gib", "device_memory_gib",
+        "peak_allocated_gib", "theory_peak_gib", "unexplained_memory_gib", "theory_state_gib", "peak_rollout_gib",
+        "peak_scoring_gib", "peak_learning_gib", "peak_reserved_gib", "device_memory_gib",
         "host_peak_gib",
     ),
     "Losses, quality and sizes": (

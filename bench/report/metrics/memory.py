@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from bench.measure.physics import impossible_numbers
 from bench.needs import needs
 from bench.peak_memory import Moment, peak_moment
 from bench.report.device import card_bytes, host_bytes, shape_in
+from bench.report.metrics.ppo import is_learning, is_making
 from bench.report.registry import GIB, MEMORY_GATES, NoValue, Trial, metric, once
+
+BY_PHASE = "torch.cuda.max_memory_allocated, reset after each phase"
 
 
 @metric(title="peak allocated", unit="GiB", direction="lower", source="torch.cuda.max_memory_allocated", clocked=True)
@@ -38,6 +41,33 @@ def host_peak_gib(trial: Trial) -> float:
     if whole is not None and value > whole:
         raise NoValue(f"withheld: {value / GIB:.1f} GiB of {whole / GIB:.1f} GiB that the node has")
     return value / GIB
+
+
+def _peak_of(trial: Trial, belongs: Callable[[str], bool]) -> float:
+    """Largest allocator peak of some phases and any rank."""
+    peaks = [part.memory.phases_peak_allocated_bytes.items() for part in trial.record.parts]
+    found = [size for items in peaks for phase, size in items if belongs(phase)]
+    if not found:
+        raise NoValue("no allocator peak of these phases was recorded")
+    return _possible(max(found), card_bytes(trial))
+
+
+@metric(title="peak of rollout", unit="GiB", direction="lower", source=BY_PHASE, stages=("ppo",), clocked=True)
+def peak_rollout_gib(trial: Trial) -> float:
+    """Live bytes of the torch allocator at their peak during the rollout, prefill and decode; largest rank."""
+    return _peak_of(trial, lambda phase: phase.startswith("rollout"))
+
+
+@metric(title="peak of scoring", unit="GiB", direction="lower", source=BY_PHASE, stages=("ppo",), clocked=True)
+def peak_scoring_gib(trial: Trial) -> float:
+    """The same while the four models score the rollout and advantages are made."""
+    return _peak_of(trial, lambda phase: is_making(phase) and not phase.startswith("rollout"))
+
+
+@metric(title="peak of learning", unit="GiB", direction="lower", source=BY_PHASE, stages=("ppo",), clocked=True)
+def peak_learning_gib(trial: Trial) -> float:
+    """The same while policy and critic learn."""
+    return _peak_of(trial, is_learning)
 
 
 @metric(title="theory: states", unit="GiB", direction="none", source="bench/needs.py; Rajbhandari et al. 2020, section 3.1")

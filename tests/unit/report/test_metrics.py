@@ -58,6 +58,19 @@ def test_memory_is_that_of_the_largest_rank() -> None:
     assert number(trial, "host_peak_gib") == pytest.approx(1.2, rel=1e-6)
 
 
+def test_ppo_has_a_peak_for_each_kind_of_phase() -> None:
+    trial = trial_of(make_cell("ppo", "ddp", nodes=2, device="cuda", iterations=8), seconds=20.0)
+    peaks = {"rollout_prefill": 5, "rollout_decode": 6, "reward": 7, "advantage": 1, "policy_learn": 9, "critic_learn": 8}
+    memories = [
+        dataclasses.replace(part.memory, phases_peak_allocated_bytes={name: (size + part.rank) * GIB for name, size in peaks.items()})
+        for part in trial.record.parts
+    ]
+    parts = [dataclasses.replace(part, memory=memory) for part, memory in zip(trial.record.parts, memories, strict=True)]
+    values = Trial(Row(dataclasses.replace(trial.record, parts=parts), trial.cell, "a.json")).values
+    assert [values[f"peak_{kind}_gib"].number for kind in ("rollout", "scoring", "learning")] == [7, 8, 10]
+    assert trial.values["peak_rollout_gib"].reason == "no allocator peak of these phases was recorded"
+
+
 def test_losses() -> None:
     trial = changed(trial_of(make_cell("sft")), series={"loss": [9.0, *[5.0] * 25, 1.0, 2.0, 3.0, 4.0]})
     assert number(trial, "first_loss") == 9.0
