@@ -20,9 +20,8 @@ class DeepSpeedZero3(DeepSpeedZero):
     stage = 3
     description = "DeepSpeed ZeRO stage 3: parameters, gradients and optimizer states in shards"
     sharded = frozenset({"parameters", "gradients", "optimizer", "frozen"})
-    resumable = (
-        False  # parameters come and go (`ds_tensor`, and whole ones below a threshold), so their share at a step's end is not one tensor
-    )
+    resumable = False
+    """Parameters come and go (`ds_tensor`, and whole ones below a threshold): their share at a step's end is not one tensor."""
 
     def place_frozen(self, module: nn.Module, cell: Cell, device: torch.device) -> nn.Module:
         """See `Strategy.place_frozen`. In shards, by an engine of DeepSpeed's without an optimizer."""

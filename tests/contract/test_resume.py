@@ -165,6 +165,13 @@ def weights(engine: Engine) -> str | None:
     return None if state is None else tensor_digest(state.items())
 
 
+def test_a_strategy_that_cannot_save_is_skipped_at_planning_where_saves_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    strategy = all_strategies()["ddp"]
+    monkeypatch.setattr(type(strategy), "resumable", False)
+    assert strategy.unsupported(make_cell("ddp", 2)) is None
+    assert "ddp cannot save its training state" in str(strategy.unsupported(make_cell("ddp", 2, save_every=5)))
+
+
 def test_a_state_of_another_model_is_refused() -> None:
     assert run_ranks(take_up_another, 1, make_cell("naive", 1)) == [True]
 
