@@ -71,8 +71,8 @@ def convert(source: Path, target: Path, *, to: Form, lora: Lora = "merge", model
     _check(source, parts, found.config, to, lora)
     report = _report(found, parts, to, lora)
     if to == "folder":
-        folder_tokenizer = load_tokenizer_of(tokenizer or source)
-        report |= _write_folder(target, found, parts, lora, stage or _stage(found), folder_tokenizer)
+        words = _tokenizer(source, tokenizer)
+        report |= _write_folder(target, found, parts, lora, stage or _stage(found), words) | {"tokenizer": words is not None}
     else:
         _write_state(target, found, parts, lora)
     return report
@@ -147,11 +147,13 @@ class _Shape(NamedTuple):
 _NOTHING: Any = _Shape(())
 
 
-def load_tokenizer_of(folder: Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in `folder`, None where there is none."""
-    from transformers import AutoTokenizer
+def _tokenizer(source: Path, named: Path | None) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that was named, or that lies beside the weights; None where there is none. Raises UserError."""
+    from bench.models.tokenizer import load_tokenizer
 
-    return AutoTokenizer.from_pretrained(folder) if (folder / "tokenizer.json").is_file() else None
+    if named is None and not (source / "tokenizer.json").is_file():
+        return None
+    return load_tokenizer(named or source)
 
 
 def _stage(found: Source) -> str:
@@ -216,7 +218,7 @@ def _report(found: Source, parts: Parts, to: Form, lora: Lora) -> dict[str, Any]
     return {
         "model": found.model, "kind": parts.kind, "to": to, "prefix": parts.prefix, "vocabulary": int(found.config.vocab_size),
         "matched": matched, "missing": [], "unexpected": [], "left_out": sorted(parts.left_out),
-        "value_head_bias": parts.bias, "lora": adapters,
+        "value_head_bias": parts.bias, "lora": adapters, "tokenizer": None,
     }  # fmt: skip
 
 
@@ -235,4 +237,6 @@ def report_text(report: dict[str, Any], target: Path) -> str:
         )
     if report["value_head_bias"] is not None:
         lines.append(f"the value head's bias, {report['value_head_bias']:g}, shifts every score alike; it is kept as a note")
+    if report["tokenizer"] is False:
+        lines.append("no tokenizer lay beside the weights: `--tokenizer FOLDER` takes one along, and a stage that starts here needs it")
     return "\n".join(lines)

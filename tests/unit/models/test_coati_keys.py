@@ -17,9 +17,10 @@ from bench.checkpoint import load_checkpoint, save_checkpoint
 from bench.cli import _exit_code
 from bench.errors import BenchError, CheckpointError, UserError
 from bench.models.build import add_lora, build_policy, build_scorer
-from bench.models.convert import convert
+from bench.models.convert import convert, report_text
 from bench.models.fit import fitting_models
 from bench.models.inspection import inspect_checkpoint, inspection_text
+from bench.models.tokenizer import train_tokenizer
 from bench.trial import make_trial
 from bench.weights_file import tensor_shapes
 
@@ -316,6 +317,20 @@ def test_a_write_that_fails_leaves_nothing(to: Any, tmp_path: Path, monkeypatch:
     with pytest.raises(OSError, match="no space left"):
         convert(tmp_path / "old.pt", tmp_path / "new", to=to, model="bloom-tiny")
     assert [path.name for path in tmp_path.iterdir()] == ["old.pt"]
+
+
+def test_the_tokenizer_goes_along_and_one_that_is_none_is_refused(tmp_path: Path) -> None:
+    train_tokenizer(["some text"] * 5, 300, tmp_path / "words")
+    torch.save(actor_state("bloom-tiny"), tmp_path / "old.pt")
+    assert (
+        convert(tmp_path / "old.pt", tmp_path / "new", to="folder", model="bloom-tiny", tokenizer=tmp_path / "words")["tokenizer"] is True
+    )
+    assert (tmp_path / "new" / "tokenizer.json").is_file()
+    done = convert(tmp_path / "old.pt", tmp_path / "without", to="folder", model="bloom-tiny")
+    assert "no tokenizer lay beside the weights" in report_text(done, tmp_path / "without")
+    with pytest.raises(UserError, match="no tokenizer can be loaded"):
+        convert(tmp_path / "old.pt", tmp_path / "third", to="folder", model="bloom-tiny", tokenizer=tmp_path)
+    assert not (tmp_path / "third").exists()
 
 
 def test_something_that_is_there_already_is_never_overwritten(tmp_path: Path) -> None:
