@@ -150,6 +150,8 @@ def _try(trial: Trial, launcher: Launcher, stop: Stop, devices: list[Device], te
     flags = [f"throttled: {reason}" for reason in telemetry.throttles()]
     observed = _observed(trial, watched, telemetry) | _keep(telemetry.timeline, telemetry_file)
     add_lap_energy(observed["devices"], telemetry.timeline, seen.parts)
+    if devices and observed["strangers"] is None:
+        flags.append("foreign processes unknown")
     return Try(verdict=verdict, parts=tuple(seen.parts.values()), observed=observed, flags=tuple(flags))
 
 

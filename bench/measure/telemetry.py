@@ -83,8 +83,18 @@ class Telemetry:
             "device_memory_baseline_bytes": self._baseline if self._devices else None,
             "device_memory_note": None if self._devices else self._no_devices,
             "devices": {device.uuid: self._device(device) for device in self._devices},
+            "strangers": self.strangers() if self._sees_ours else None,
+            "strangers_note": self._why_strangers_are_unknown(),
             "telemetry_samples": self._samples,
         }
+
+    def _why_strangers_are_unknown(self) -> str | None:
+        if self._sees_ours:
+            return None
+        if not self._devices:
+            return self._no_devices
+        refused = next((device.reasons["processes"] for device in self._devices if "processes" in device.reasons), None)
+        return refused or "the ranks' own processes were not seen on the devices (another namespace of process numbers, or none came)"
 
     def _device(self, device: Device) -> dict[str, Any]:
         before, after = self._energy[device.uuid], device.energy_joules()

@@ -50,6 +50,7 @@ def test_a_trial_on_the_cpu_has_a_telemetry_file_of_its_host(fake_trial, fork_pa
 def test_a_trial_on_a_device_has_its_readings_in_the_suite_s_telemetry_folder(driver, on_device, tmp_path):
     record = on_device()
     assert record.outcome == "ok", record.reason
+    assert "foreign processes unknown" in record.flags, "the driver shows no process at all"
     assert record.observed["telemetry_file"] == "cell/0.json.gz"
     kept = load_timeline(tmp_path / "results" / "telemetry" / "cell" / "0.json.gz")
     assert set(kept["devices"]["GPU-x"]["power_watts"]) == {300.0}

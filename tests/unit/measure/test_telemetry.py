@@ -102,6 +102,7 @@ def test_a_stranger_on_the_device_is_told_once_ours_were_seen_there_too(driver):
     with Ranks({11: 1}).telemetry(all_devices()) as telemetry:
         read(telemetry, 20)
     assert telemetry.strangers() == [99]
+    assert (telemetry.observed()["strangers"], telemetry.observed()["strangers_note"]) == ([99], None)
 
 
 def test_process_numbers_of_another_namespace_are_no_strangers(driver):
@@ -109,6 +110,13 @@ def test_process_numbers_of_another_namespace_are_no_strangers(driver):
     with Ranks({11: 1}).telemetry(all_devices()) as telemetry:
         read(telemetry, 20)
     assert telemetry.strangers() == []
+    observed = telemetry.observed()
+    assert observed["strangers"] is None
+    assert observed["strangers_note"].startswith("the ranks' own processes were not seen on the devices")
+    driver.broken = {"nvmlDeviceGetComputeRunningProcesses": "Insufficient Permissions"}
+    with Ranks({11: 1}).telemetry(all_devices()) as telemetry:
+        read(telemetry, 3)
+    assert telemetry.observed()["strangers_note"] == "NVML: Insufficient Permissions"
 
 
 def test_power_clocks_energy_and_throttling_are_kept_as_extremes(driver):
