@@ -163,7 +163,8 @@ def _bytes(seen: Seen, declared: Declared, what: str, found: Amount, element_byt
     ways, whole = declared.ways(what), seen.trainable * element_bytes
     expected = whole / ways
     if declared.model_parallel > 1:
-        least, most = LEAST * expected / declared.model_parallel / 2, WHOLE * expected
+        # Runs of layers are not equal: the embeddings, most of a small model, lie on one stage.
+        least, most = LEAST * expected / declared.model_parallel / 8, WHOLE * expected
         lies = f"a part of a model that {declared.model_parallel} ranks hold between them, less than {written(most)}"
     else:
         least, most = LEAST * expected, MOST * expected + SLACK
