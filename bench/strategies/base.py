@@ -58,6 +58,12 @@ class Engine(ABC):
         Collective: every rank calls it; rank 0 gets the weights, the others None.
         """
 
+    def gradient_shares(self) -> list[torch.Tensor] | None:
+        """Gradients as this rank holds them between the last `backward` and `step`, where they lie in no `parameter.grad` but in parts
+        of something larger. For evidence; None: whoever wants to know has to look.
+        """
+        return None
+
     def training_state(self) -> dict[str, Any]:
         """What this rank needs to go on after this step: CPU tensors and plain values (`bench.strategies.training_state`). Collective."""
         from bench.strategies.training_state import capture

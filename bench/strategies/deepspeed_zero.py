@@ -103,6 +103,11 @@ class DeepSpeedZeroEngine(Engine):
         """See `Engine.set_learning_rate`."""
         set_learning_rate(self._optimizer, value)
 
+    def gradient_shares(self) -> list[torch.Tensor]:
+        """See `Engine.gradient_shares`. Where a tensor straddles two ranks' shares, DeepSpeed's part of it is a view of the whole."""
+        groups = self._optimizer.averaged_gradients.values()
+        return [share for group in groups if group for share in group if share is not None]
+
     def full_state(self) -> dict[str, torch.Tensor] | None:
         """See `Engine.full_state`. What ZeRO-3 keeps in shards is gathered tensor by tensor."""
         import deepspeed

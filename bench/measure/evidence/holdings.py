@@ -20,6 +20,9 @@ class Engine(Protocol):
     def step(self) -> float | Tensor:
         """Update; returns the gradient norm."""
 
+    def gradient_shares(self) -> list[Tensor] | None:
+        """Gradients just before the update, where they lie in no `parameter.grad` and are parts of something larger."""
+
 
 def has_masters(precision: str) -> bool:
     """Whether the mode keeps fp32 masters beside 16-bit parameters.
@@ -38,8 +41,9 @@ class Holdings:
         self.names = dict(engine.module.named_parameters())
         found = walk(engine)
         self.optimizers = found.optimizers
-        self.shards: list[Slot] = []
-        """Trainable parameters that lie elsewhere than the module's own, which are empty meanwhile: chunks."""
+        self.shards = _partitions(self.names.values(), trainable=True)
+        """Trainable parameters that lie elsewhere than the module's own, which are empty meanwhile: chunks, DeepSpeed's partitions."""
+        self._frozen_shards = _partitions(self.names.values(), trainable=False)
         self.masters: list[Slot] = []
         self._sort(found.slots, WEIGHT_BYTES[precision], has_masters(precision))
         stored = {tensor.dtype for tensor in self.own(trainable=True).values()}
@@ -48,8 +52,9 @@ class Holdings:
 
     def _sort(self, slots: list[Slot], weight_bytes: int, masters: bool) -> None:
         """Tell shards and masters from all else by their type: both are floating, and neither parameters of the module nor buffers."""
-        known = storages([*self._own().values(), *map(local, self._engine.module.buffers())])
-        released = any(not tensor.untyped_storage().nbytes() for tensor in self._own(trainable=True).values())
+        partitions = [*_read(self.shards, "").values(), *_read(self._frozen_shards, "").values()]
+        known = storages([*self._own().values(), *partitions, *map(local, self._engine.module.buffers())])
+        released = not partitions and any(not tensor.untyped_storage().nbytes() for tensor in self._own(trainable=True).values())
         for slot in slots:
             tensor = slot.read()
             if tensor is None or not tensor.is_floating_point() or not (new := storages([tensor]).keys() - known.keys()):
@@ -92,7 +97,7 @@ class Holdings:
 
     def frozen(self) -> Amount:
         """Parameters that do not train."""
-        return self._amount(self.own(trainable=False).values())
+        return self._amount([*self.own(trainable=False).values(), *_read(self._frozen_shards, "").values()])
 
     def optimizer(self) -> Amount:
         """Masters, and the states that the optimizers keep."""
@@ -101,6 +106,9 @@ class Holdings:
 
     def gradients(self) -> Amount:
         """Gradients as they are before the update: those of the parameters, else whatever the engine has got since it was prepared."""
+        shares = self._engine.gradient_shares()
+        if shares is not None:
+            return sum((_view(local(share), self._device) for share in shares), NOTHING)
         known = [*self.names.values(), *(slot.raw() for slot in self.masters if slot.read() is not None)]
         own = [local(tensor.grad) for tensor in known if tensor.is_leaf and tensor.grad is not None]
         return self._amount(own) if own else self._amount(self._newcomers())
@@ -113,6 +121,21 @@ class Holdings:
 
     def _amount(self, tensors: Iterable[Tensor]) -> Amount:
         return amount(tensors, self._device)
+
+
+def _partitions(parameters: Iterable[Tensor], *, trainable: bool) -> list[Slot]:
+    """Where DeepSpeed's ZeRO-3 keeps this rank's shares of the parameters; nothing under any other framework."""
+    return [
+        Slot(vars(parameter), "ds_tensor")
+        for parameter in parameters
+        if parameter.requires_grad == trainable and hasattr(parameter, "ds_tensor")
+    ]
+
+
+def _view(tensor: Tensor, device: torch.device) -> Amount:
+    """What a part of a larger storage takes."""
+    size, elements = tensor.numel() * tensor.element_size(), tensor.numel()
+    return Amount(size, elements) if tensor.device.type == device.type else Amount(0, 0, size, elements)
 
 
 def _read(slots: list[Slot], name: str) -> dict[str, Tensor]:
