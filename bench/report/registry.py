@@ -137,6 +137,7 @@ class Trial:
         _ = self.values, self.window, self.impossible
         parts = [replace(part, laps=_one_lap(part.laps)) for part in self.record.parts]
         self.record = replace(self.record, parts=parts)
+        self.found.clear()
         return self.record
 
     @property
@@ -233,6 +234,13 @@ def _one_lap(laps: list[Lap]) -> list[Lap]:
     return [Lap(first_step=laps[0].first_step, steps=sum(lap.steps for lap in laps), seconds=seconds, counts=dict(counts))]
 
 
+@dataclass(frozen=True, slots=True)
+class _Nothing:
+    """A NoValue that was raised; the exception itself would keep what its traceback saw alive."""
+
+    reason: str
+
+
 def once(compute: Callable[[Trial], Result]) -> Callable[[Trial], Result]:
     """`compute`, which several metrics ask for, worked out once a trial, its NoValue too."""
     name = f"{compute.__module__}.{compute.__name__}"
@@ -243,9 +251,9 @@ def once(compute: Callable[[Trial], Result]) -> Callable[[Trial], Result]:
             try:
                 trial.found[name] = compute(trial)
             except NoValue as reason:
-                trial.found[name] = reason
-        if isinstance(trial.found[name], NoValue):
-            raise trial.found[name]
+                trial.found[name] = _Nothing(str(reason))
+        if isinstance(trial.found[name], _Nothing):
+            raise NoValue(trial.found[name].reason)
         return cast("Result", trial.found[name])
 
     return found
