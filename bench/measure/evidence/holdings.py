@@ -20,9 +20,6 @@ class Engine(Protocol):
     def step(self) -> float | Tensor:
         """Update; returns the gradient norm."""
 
-    def gradient_shares(self) -> list[Tensor] | None:
-        """Gradients just before the update, where they lie in no `parameter.grad` and are parts of something larger."""
-
 
 def has_masters(precision: str) -> bool:
     """Whether the mode keeps fp32 masters beside 16-bit parameters.
@@ -105,9 +102,9 @@ class Holdings:
         return self._amount([*masters.values(), *map(local, state_tensors(self.optimizers))])
 
     def gradients(self) -> Amount:
-        """Gradients as they are before the update: those of the parameters, else whatever the engine has got since it was prepared."""
-        shares = self._engine.gradient_shares()
-        if shares is not None:
+        """Gradients before the update: what the engine names, else those of the parameters, else what it has got since it was prepared."""
+        told = getattr(self._engine, "gradient_shares", None)
+        if told is not None and (shares := told()) is not None:
             return sum((_view(local(share), self._device) for share in shares), NOTHING)
         known = [*self.names.values(), *(slot.raw() for slot in self.masters if slot.read() is not None)]
         own = [local(tensor.grad) for tensor in known if tensor.is_leaf and tensor.grad is not None]
