@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -44,7 +45,7 @@ class Detail:
     title: str
     table: Table
     absent: tuple[str, ...]
-    """Figures that no cell has, each with the reason."""
+    """Figures that no cell has, with the reason that they share."""
 
 
 def detail_tables(results: Sequence[CellResult]) -> list[Detail]:
@@ -63,7 +64,11 @@ def _detail(results: Sequence[CellResult], title: str, names: Sequence[str]) -> 
         Line(tuple(make(result) for _, make in makers), result.cell.strategy, first)
         for result, first in zip(results, starts_of_groups(results), strict=True)
     )
-    absent = tuple(f"{METRICS[name].title}: {_why(results, name)}" for name in own if name not in there)
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for name in own:
+        if name not in there:
+            reasons[_why(results, name)].append(METRICS[name].title)
+    absent = tuple(f"{', '.join(titles)}: {reason}" for reason, titles in reasons.items())
     return Detail(title, Table(tuple(column for column, _ in makers), lines, ()), absent)
 
 

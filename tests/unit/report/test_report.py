@@ -323,7 +323,7 @@ def test_figures_that_nobody_has_are_named_with_the_reason(tmp_path: Path) -> No
     text = report(suite_folder(tmp_path, quick_suite()), tmp_path / "out").markdown.read_text(encoding="utf-8")
     speed = text.split(": Speed and efficiency")[1].split("###")[0]
     assert "MFU (" not in text
-    assert "MFU: ranks were started by fork, which makes no timing claims" in speed
+    assert "MFU, HFU, vs attainable: ranks were started by fork, which makes no timing claims" in speed
     assert "model FLOPs per step (TFLOP)" in speed
 
 
