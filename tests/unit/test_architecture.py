@@ -12,11 +12,15 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers", "peft", "colossalai", "accelerate")
-ALGORITHMS = ("bench.rl", "bench.rollout", "bench.stages.", "bench.worker")
+ALGORITHMS = ("bench.rl", "bench.rollout", "bench.stages.", "bench.worker", "bench.measure.evidence.")
 LOADS_TORCH = {
-    "bench.data.collate", "bench.models.build", "bench.models.random_weights", "bench.measure.clock", "bench.measure.memory", "bench.resume",
-    "bench.measure.evidence.holdings", "bench.measure.evidence.trace", "bench.measure.evidence.walk", "bench.measure.evidence.watch",
-}  # fmt: skip
+    "bench.data.collate",
+    "bench.models.build",
+    "bench.models.random_weights",
+    "bench.measure.clock",
+    "bench.measure.memory",
+    "bench.resume",
+}
 """Only these, beside the algorithms (the stages' base is none), may load a framework when they are imported."""
 
 
