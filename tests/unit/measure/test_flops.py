@@ -205,3 +205,11 @@ def test_a_shape_that_is_not_at_hand_is_none(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
     assert shape_of(str(tmp_path)) is None
     assert shape_of("org/model") is None
+
+
+def test_ranks_that_hold_one_model_together_read_each_weight_once():
+    content = {"stage": "ppo", "model": "bloom-560m", "strategy": "hybrid", "processes_per_node": 4, "global_batch": 32, "micro_batch": 8}
+    apart, together = (cell_from_json({**content, "tensor_parallel": split}) for split in (1, 4))
+    shape, counts = shape_of("bloom-560m"), {"sequences": 32, "prompt_tokens": 2048, "response_tokens": 2048}
+    weights = 2 * (shape.layer_parameters + shape.head_parameters)
+    assert rollout_bytes(apart, shape, counts) - rollout_bytes(together, shape, counts) == pytest.approx(3 * 63 * weights)
