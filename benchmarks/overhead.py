@@ -113,6 +113,24 @@ def guard_bytes() -> int:
     return int(resident)
 
 
+WAITER = """
+import sys
+from pathlib import Path
+from bench.launch import rank
+rank._note_node(Path(sys.argv[1]), 0)
+import psutil
+print(psutil.Process().memory_info().rss)
+"""
+
+
+def waiter_bytes() -> int:
+    """Resident memory of the process that waits for a rank and describes the node."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+        done = subprocess.run([sys.executable, "-c", WAITER, folder], capture_output=True, text=True, check=True, env=environment)
+    return int(done.stdout)
+
+
 # -- the training loops ----------------------------------------------------------------------------------------------
 
 
@@ -235,7 +253,7 @@ def summarise(found: dict[str, Any]) -> dict[str, Any]:
     from bench.report.statistics import Summary
 
     ratios = Summary(tuple(pair["recorded"] / pair["bare"] for pair in found["pairs"]))
-    memory = {"watching": found["watching"]["resident_bytes"], "guard": guard_bytes()}
+    memory = {"watching": found["watching"]["resident_bytes"], "guard": guard_bytes(), "waiter": waiter_bytes()}
     interval, total = ratios.interval, sum(memory.values())
     watched = found["watching"]["devices"] == found["devices"]
     return {
