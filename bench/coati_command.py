@@ -103,17 +103,16 @@ def read_command(text: str) -> Command:
 
 def _one_command(text: str) -> list[str]:
     """The words of the one command of coati in a line or script; redirections, `cd` and the like fall away."""
-    lexer = shlex.shlex(text.replace("\\\r\n", " ").replace("\\\n", " ").replace("\n", " ; "), posix=True, punctuation_chars=True)
-    lexer.whitespace_split = True
     try:
-        words = list(lexer)
+        words = [word for line in re.sub(r"\\\r?\n", " ", text).splitlines() for word in (*_words(line), ";")]
     except ValueError as error:
         raise UserError(
             f"the command cannot be read: {error}; seen: {text[:80]!r}; whole words with paired quotes would be right"
         ) from None
-    found = [part for part in _parts(words) if any(PurePath(word).name in SCRIPTS for word in part)]
+    parts = _parts(words)
+    found = [part for part in parts if any(PurePath(word).name in SCRIPTS for word in part)]
     if len(found) == 1:
-        return found[0]
+        return [_filled(word, _variables(parts)) for word in found[0]]
     if any(PurePath(word).name == "generate_prompt_dataset.py" for word in words):
         raise UserError(
             "generate_prompt_dataset.py trains nothing, so it is no suite; "
@@ -122,6 +121,13 @@ def _one_command(text: str) -> list[str]:
     raise UserError(
         f"{len(found) or 'no'} command of coati; seen: {text[:80]!r}; one with {', '.join(SCRIPTS)} would be right, one at a time"
     )
+
+
+def _words(line: str) -> list[str]:
+    """The words of one line as a shell splits them, comments left out. Raises ValueError for quotes without a pair."""
+    lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+    lexer.whitespace_split = True
+    return list(lexer)
 
 
 def _parts(words: Sequence[str]) -> list[list[str]]:
@@ -141,6 +147,18 @@ def _parts(words: Sequence[str]) -> list[list[str]]:
         else:
             parts[-1].append(word)
     return parts
+
+
+def _variables(parts: Sequence[Sequence[str]]) -> dict[str, str]:
+    """What a script's own lines set: `NAME=value`, `export NAME=value`."""
+    lines = [[word for word in part if word != "export"] for part in parts]
+    found = [_ASSIGNMENT.fullmatch(word) for line in lines for word in line if all(map(_ASSIGNMENT.fullmatch, line))]
+    return {item[1]: item[2] for item in found if item}
+
+
+def _filled(word: str, variables: dict[str, str]) -> str:
+    """`word` with the variables that are known in it; others stay as they are written."""
+    return re.sub(r"\$(?:\{(\w+)\}|(\w+))", lambda found: variables.get(found[1] or found[2], found[0]), word)
 
 
 # -- before the script -----------------------------------------------------------------------------------------------

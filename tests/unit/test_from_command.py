@@ -147,12 +147,23 @@ def test_the_prompt_drawing_is_no_suite_and_names_the_verb_that_does_it() -> Non
         ("CUDA_VISIBLE_DEVICES=4,5 torchrun --nproc_per_node=gpu", (1, 2)),
         ("env A=1 nohup torchrun --nnodes=1:3 --nproc_per_node=2", (3, 2)),
         ("cd examples && torchrun --nproc_per_node=2", (1, 2)),
+        ("#!/bin/bash\n# two GPUs; as in the README\nexport OMP_NUM_THREADS=8  # or more\ntorchrun --nproc_per_node=2 \\\r\n", (1, 2)),
     ],
 )
 def test_any_launcher_gives_nodes_and_processes(launcher: str, shape: tuple[int, int]) -> None:
     command = read_command(f"{launcher} train_sft.py --strategy ddp --batch_size=2")
     assert (command.nodes, command.processes) == shape
     assert command.values["batch_size"] == 2
+
+
+def test_variables_that_a_script_sets_are_filled_in(tmp_path: Path) -> None:
+    script = (
+        'BASE=bigscience/bloom-560m\nexport GPUS=4\ntorchrun --nproc_per_node=$GPUS train_sft.py --strategy ddp --pretrain "${BASE}" '
+        "--save_path $OUT"
+    )
+    cell = planned(script, tmp_path)
+    assert (cell.model, cell.world_size, cell.settings.weights) == ("bloom-560m", 4, "pretrained")
+    assert "--save_path $OUT" in told(script)
 
 
 def test_naive_on_many_processes_is_one_process_and_told(tmp_path: Path) -> None:
