@@ -79,8 +79,8 @@ class Check:
     """One thing that must be seen if the strategy is active; what each means: docs/evidence.md."""
 
     what: str
-    """optimizer, gradients, parameters, frozen, placement, reduced, gathered, trainable, gradient norm, moved, adapters, unmoved,
-    agreement, micro-steps."""
+    """trainable, parameters, frozen, gradients, optimizer, placement, reduced, gathered, exchanged, gradient norm, moved, adapters,
+    unmoved, agreement, micro-steps."""
     model: str
     """policy, critic, reward, reference."""
     state: EvidenceState

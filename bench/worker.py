@@ -31,9 +31,9 @@ from torch import Tensor
 
 from bench.errors import BenchError, MachineError
 from bench.measure.clock import LapClock, synchronise
+from bench.measure.consistency import inconsistency
 from bench.measure.evidence.judge import Declared
 from bench.measure.evidence.watch import EvidenceWatch, learning_rates
-from bench.measure.consistency import inconsistency
 from bench.measure.memory import MemoryWatch
 from bench.needs import networks
 from bench.record import Evidence, Lap, Memory, Outcome, Part, save_part
@@ -244,7 +244,7 @@ class Rank:
         """What the evidence says. A step that was not traced before is run once more, now that nothing depends on it."""
         self.heart.enter("evidence")
         with self._weighing():
-            if not self._evidence.is_traced:
+            if self._evidence.lacks_step():
                 with self._evidence.tracing("the last step once more, after all that was measured"):
                     stage.advance(stage.total - 1)
             self.found.evidence = evidence = self._evidence.conclude(self.found.series)

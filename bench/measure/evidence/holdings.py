@@ -77,6 +77,10 @@ class Holdings:
         """Everything trainable that forward passes read, as this rank holds it."""
         return self.own(trainable=True) | _read(self.shards, "shard")
 
+    def frozen_weights(self) -> dict[str, Tensor]:
+        """Everything that does not train, as this rank holds it."""
+        return self.own(trainable=False) | _read(self._frozen_shards, "frozen shard")
+
     def updated(self) -> dict[str, Tensor]:
         """What the optimizer updates: masters where there are any, else the weights."""
         return _read(self.masters, "master") or self.weights()
@@ -94,7 +98,7 @@ class Holdings:
 
     def frozen(self) -> Amount:
         """Parameters that do not train."""
-        return self._amount([*self.own(trainable=False).values(), *_read(self._frozen_shards, "").values()])
+        return self._amount(self.frozen_weights().values())
 
     def optimizer(self) -> Amount:
         """Masters, and the states that the optimizers keep."""

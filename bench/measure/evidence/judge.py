@@ -99,8 +99,8 @@ class Seen:
 def judge(seen: Seen, declared: Declared) -> list[Check]:
     """All checks of one model."""
     rules: tuple[Callable[[Seen, Declared], Iterator[Check]], ...] = (
-        _trainable, _parameters, _frozen, _gradients, _optimizer, _placement, _reduced, _gathered, _norm, _moved, _adapters, _unmoved,
-        _agreement, _micro_steps,
+        _trainable, _parameters, _frozen, _gradients, _optimizer, _placement, _reduced, _gathered, _exchanged, _norm, _moved, _adapters,
+        _unmoved, _agreement, _micro_steps,
     )  # fmt: skip
     return [check for rule in rules for check in rule(seen, declared)]
 
@@ -231,6 +231,16 @@ def _gathered(seen: Seen, declared: Declared) -> Iterator[Check]:
         return
     frozen = seen.frozen if "frozen" in declared.sharded else 0
     yield _traffic(seen, declared, "gathered", GATHERING, "weights in shares", seen.trainable + frozen)
+
+
+def _exchanged(seen: Seen, declared: Declared) -> Iterator[Check]:
+    """Ranks that hold one model between them have to talk about activations."""
+    if declared.model_parallel == 1 or seen.collectives is None:
+        return
+    size = sum(traffic.bytes for traffic in seen.collectives.values())
+    listed = ", ".join(f"{traffic.count} {kind}" for kind, traffic in seen.collectives.items()) or "nothing"
+    text = f"{listed} in the traced step, {written(size)} in all, between ranks that hold one model between them"
+    yield _check(seen, "exchanged", size > SLACK, text, found=size, expected=SLACK, unit="bytes")
 
 
 def _traffic(seen: Seen, declared: Declared, what: str, kinds: tuple[str, ...], subject: str, elements: int) -> Check:

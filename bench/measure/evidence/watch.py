@@ -99,10 +99,11 @@ class EvidenceWatch:
         """`strategy`, such that every model that it prepares is noted here."""
         return Beside(strategy, self)
 
-    @property
-    def is_traced(self) -> bool:
-        """Whether there is nothing (more) to trace."""
-        return all(model.trace.done for model in self._models)
+    def lacks_step(self) -> bool:
+        """Whether some rank has a model of which no step was traced. Collective, so that all ranks run one more or none does."""
+        lacking = torch.tensor(sum(not model.trace.done for model in self._models), device=self._device)
+        dist.all_reduce(lacking, op=dist.ReduceOp.MAX)
+        return bool(lacking)
 
     def take(self, engine: Engine, config: Any, sizes: Sequence[tuple[int, bool]]) -> None:
         """Note a model that has just been prepared; `sizes` are those of its parameters before that, and whether they train."""
@@ -137,7 +138,7 @@ class EvidenceWatch:
     @contextmanager
     def tracing(self, where: str) -> Iterator[None]:
         """Trace the first step of each model inside; `where` says which that is."""
-        with tracing([model.trace for model in self._models]):
+        with tracing([model.trace for model in self._models if not model.trace.done]):
             yield
         self.traced = where if self._models else ""
 
@@ -216,7 +217,7 @@ def learning_rates(series: Mapping[str, Sequence[float]], first: int) -> dict[st
 def _bits(model: Model) -> dict[str, int]:
     holdings = model.holdings
     tensors: dict[Any, Tensor] = {("updated", name): tensor for name, tensor in holdings.updated().items()}
-    tensors |= {("frozen", name): tensor for name, tensor in holdings.own(trainable=False).items()}
+    tensors |= {("frozen", name): tensor for name, tensor in holdings.frozen_weights().items()}
     tensors |= {("adapter", name): tensor for name, tensor in holdings.weights().items() if ADAPTER in name}
     return dict(zip(tensors, digests(tensors.values()), strict=True))
 

@@ -103,8 +103,9 @@ def test_one_rank_has_no_collectives() -> None:
 def test_a_model_split_over_ranks_is_in_parts() -> None:
     split = Declared(data_parallel=1, model_parallel=2)
     halves = {"parameters": in_bytes(2.2 * P), "gradients": in_bytes(2.2 * P), "optimizer": in_bytes(4.4 * P), "agreement": None}
-    assert refuted(seen(live=600_000, collectives={}, **halves), split) == []
-    assert refuted(seen(collectives={}, agreement=None), split) == ["parameters", "gradients", "optimizer"]
+    assert refuted(seen(live=600_000, **halves), split) == []
+    assert refuted(seen(agreement=None), split) == ["parameters", "gradients", "optimizer"]
+    assert refuted(seen(collectives={"all-reduce": Traffic(count=1, bytes=4)}, **halves), split) == ["exchanged"]
 
 
 @pytest.mark.parametrize("changes", [{"live": 0}, {"live": P + 1}, {"predicted": P // 2}, {"trainable": P + 1, "live": P}])
