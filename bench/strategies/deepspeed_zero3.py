@@ -23,8 +23,13 @@ class DeepSpeedZero3(DeepSpeedZero):
     resumable = False
     """Parameters come and go (`ds_tensor`, and whole ones below a threshold): their share at a step's end is not one tensor."""
 
+    def __init__(self) -> None:
+        self._engines: list[object] = []
+        """Of frozen models: DeepSpeed takes an engine's hooks away when the engine is collected."""
+
     def place_frozen(self, module: nn.Module, cell: Cell, device: torch.device) -> nn.Module:
         """See `Strategy.place_frozen`. In shards, by an engine of DeepSpeed's without an optimizer."""
-        engine, _ = lay_out(copy.deepcopy(module).requires_grad_(False), cell, device, None, stage=self.stage)
-        engine.eval()
-        return engine
+        copied = copy.deepcopy(module).requires_grad_(False)
+        engine, _ = lay_out(copied, cell, device, None, stage=self.stage)
+        self._engines.append(engine)
+        return copied.eval()
