@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import socket
@@ -95,6 +96,7 @@ def start_ranks(trial: Trial) -> list[int]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
+    gc.freeze()  # as the fork parent does: else ColossalAI's collections walk through, and so copy, all that is loaded
     return [_fork(bench.worker.run_rank, trial, rank, cell, port) for rank in range(cell.world_size)]
 
 
