@@ -64,14 +64,14 @@ def image_folder(cache: Path | None = None) -> Path:
     return cache_folder(cache) / "images"
 
 
-def build(image: Image, *, cache: Path | None = None, archive: bool = False) -> Built:
-    """Make `image`, or find it made from the same inputs and package; `archive`: as an OCI archive too.
+def build(image: Image, *, cache: Path | None = None, archive: bool = False, any_package: bool = False) -> Built:
+    """Make `image`, or find it made from the same inputs and package (`any_package`: or another); `archive`: as an OCI archive too.
 
     Raises MachineError, UserError.
     """
     require("mmdebstrap", "buildah", "mksquashfs", "tar")
     folder = image_folder(cache)
-    if found := find_built(image, folder, archive=archive):
+    if found := find_built(image, folder, archive=archive, any_package=any_package):
         print(f"  {found.squashfs}: up to date; nothing to do", flush=True)
         return found
     require_space(folder, SPACE.get(image.name, CUDA_SPACE))
@@ -255,14 +255,16 @@ def write_squashfs(image: Image, tag: str, squashfs: Path, environment: dict[str
     run(command, what=squashfs.name, environment=environment | {"SOURCE_DATE_EPOCH": str(image.epoch)})
 
 
-def find_built(image: Image, folder: Path, *, archive: bool = False) -> Built | None:
-    """The image that was made here from the same inputs and the same package, if its files are there."""
+def find_built(image: Image, folder: Path, *, archive: bool = False, any_package: bool = False) -> Built | None:
+    """The image that was made here from the same inputs and, unless `any_package`, the same package, if its files are there."""
     inputs, package = build_inputs(image), package_digest()
     for path in sorted(folder.glob(f"coati-bench-{image.name}-*.json")):
         note = json.loads(path.read_text(encoding="utf-8"))
         stored = None if note["archive"] is None else Path(note["archive"])
         built = Built(image, note["environment_digest"], note["digest"], note["inputs"], Path(note["squashfs"]), stored)
-        same = note["package"] == package and {key: value for key, value in note["inputs"].items() if key in inputs} == inputs
+        same = (any_package or note["package"] == package) and {
+            key: value for key, value in note["inputs"].items() if key in inputs
+        } == inputs
         if same and built.squashfs.exists() and (not archive or (stored is not None and stored.exists())):
             return built
     return None

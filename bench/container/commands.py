@@ -20,6 +20,9 @@ def build(
     archive: Annotated[bool, typer.Option("--archive", help="Write an OCI archive, too, for podman and docker.")] = False,
     commit: Annotated[bool, typer.Option("--commit", help="Write its digest into containers/digests.json.")] = False,
     output: Annotated[Path | None, typer.Option("--output", help="Write what was built as JSON.")] = None,
+    any_package: Annotated[
+        bool, typer.Option("--any-package", help="One whose package is another will do; trials bind this one over it.")
+    ] = False,
     cache: Cache = None,
 ) -> None:
     """Build an image, or say that it is there. The same inputs give the same digest on every machine."""
@@ -31,7 +34,7 @@ def build(
 
     image = image_named(name)
     print(f"image {name}: {image.description}", flush=True)
-    built = build_image(image, cache=cache, archive=archive)
+    built = build_image(image, cache=cache, archive=archive, any_package=any_package)
     if commit:
         commit_digest(built)
     print(f"digest: {built.digest}\nenvironment: {built.environment_digest}")

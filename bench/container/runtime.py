@@ -8,6 +8,7 @@ Process ids stay those of the host, since the supervisor watches and ends ranks 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
@@ -81,7 +82,7 @@ def container_of(trial: Trial) -> Container | None:
         return None
     work = Path(trial.work)
     suite = work.parents[2] if len(work.parents) > 2 and work.parents[1].name == "logs" else work
-    writable = [suite, work, *([Path(trial.save_to).parent] if trial.save_to else []), *_kernel_caches()]
+    writable = [suite, work, *([Path(trial.save_to).parent] if trial.save_to else [])]
     read = [Path(item.path).parent for item in trial.data] + [Path(item.path) for item in trial.starts] + [cache_folder()]
     return Container(
         image=Path(trial.image.path),
@@ -91,11 +92,11 @@ def container_of(trial: Trial) -> Container | None:
     )
 
 
-def _kernel_caches() -> list[Path]:
-    """Where kernels that were built at first use are kept."""
-    folder = cache_folder() / "kernels"
+def _home() -> Path:
+    """The home folder inside: kernels that were built at first use are kept there."""
+    folder = cache_folder() / "home"
     folder.mkdir(parents=True, exist_ok=True)
-    return [folder]
+    return folder
 
 
 class Container(NamedTuple):
@@ -108,19 +109,16 @@ class Container(NamedTuple):
     own_package: bool = True
     """Whether the package inside is the one that starts it; else the source tree is bound and comes first."""
 
-    def command(self, line: Sequence[str], variables: Mapping[str, str]) -> list[str]:
-        """`line`, whose program is a Python, inside the image with these variables. Raises MachineError without a runtime."""
+    def command(self, line: Sequence[str]) -> list[str]:
+        """`line`, whose program is a Python, inside the image. Raises MachineError without a runtime."""
         program = shutil.which("apptainer") or shutil.which("singularity")
         if program is None:
             raise MachineError(
                 "no container runtime; seen: neither apptainer nor singularity; Apptainer 1.2 or newer would be right, or `container: none`"
             )
-        inside = self.variables(variables)
         return [
-            program, "exec", "--contain", "--cleanenv", "--no-home", "--no-eval", *(["--nv"] if self.gpu else []),
-            *(word for bind in self._binds() for word in ("--bind", bind.option)),
-            *(word for key, value in sorted(inside.items()) for word in ("--env", f"{key}={value}")),
-            str(self.image), PYTHON, *line[1:],
+            program, "exec", "--contain", "--home", str(_home()), *(["--nv"] if self.gpu else []),
+            *(word for bind in self._binds() for word in ("--bind", bind.option)), str(self.image), PYTHON, *line[1:],
         ]  # fmt: skip
 
     def covers(self, other: Container) -> bool:
@@ -131,14 +129,20 @@ class Container(NamedTuple):
         )
 
     def variables(self, variables: Mapping[str, str]) -> dict[str, str]:
-        """What of the launch's environment is handed on."""
+        """The environment of `command`: what the launch gives, which is allow-listed, but for what names places of the host.
+
+        Apptainer hands it on; its own `--env` does nothing for a bare squashfs, whose PATH comes from a script of the image.
+        """
         kept = {key: value for key, value in variables.items() if key not in OWN_VARIABLES}
-        return {**kept, "HOME": str(_kernel_caches()[0]), "PYTHONPATH": PACKAGE if self.own_package else f"{SOURCE_TREE}:{PACKAGE}"}
+        return {
+            **kept,
+            "PATH": os.environ.get("PATH", os.defpath),
+            "PYTHONPATH": PACKAGE if self.own_package else f"{SOURCE_TREE}:{PACKAGE}",
+        }
 
     def _binds(self) -> list[Bind]:
-        shared_memory = [Bind(Path("/dev/shm"), writable=True)]  # noqa: S108 (NCCL's and torch's shared memory)
         source = [] if self.own_package else [Bind(SOURCE_TREE)]
-        return [*shared_memory, *source, *outermost(self.binds)]
+        return [*source, *outermost(self.binds)]
 
 
 def outermost(binds: Iterable[Bind]) -> list[Bind]:

@@ -37,21 +37,21 @@ def agent_line(
     ]  # fmt: skip
 
 
-def command_lines(cell: Cell, trial_file: Path, *, address: str | None = None, port: int = PORT) -> list[str]:
-    """What one pastes on every node, a line each, node 0 first; run there without supervision, output to the terminal.
+def command_lines(cell: Cell, cell_file: Path, *, trial: int = 0, port: int = PORT) -> list[str]:
+    """What one types on every node, a line each, node 0 first; several nodes meet at the variable HEAD, node 0's host name.
 
-    Several nodes meet at `address`, by default the variable HEAD: the host name of the first node.
+    Where the ranks are forked on one machine, or there is one node, it is one line.
     """
-    address = address or (LOOPBACK if cell.nodes == 1 else "$HEAD")
-    fixed = "OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1"
-    lines = (agent_line(cell, node, [PROGRAM, str(trial_file)], address=address, port=port, python="python") for node in range(cell.nodes))
-    return [f"{fixed} {' '.join(word if word == '$HEAD' else shlex.quote(word) for word in line)}" for line in lines]
+    line = shlex.join(["coati-bench", "trial", str(cell_file), *(["--trial", str(trial)] if trial else [])])
+    if cell.nodes == 1 or cell.settings.launcher == "fork":
+        return [line]
+    return [f"{line} --nodes {cell.nodes} --node-rank {node} --rendezvous $HEAD:{port}" for node in range(cell.nodes)]
 
 
-def contained(line: list[str], trial: Trial, environment: Mapping[str, str]) -> list[str]:
-    """`line` inside the trial's image, or as it is. Raises MachineError without a runtime."""
+def contained(line: list[str], trial: Trial, environment: dict[str, str]) -> tuple[list[str], dict[str, str]]:
+    """`line` and its environment inside the trial's image, or as they are. Raises MachineError without a runtime."""
     container = container_of(trial)
-    return line if container is None else container.command(line, environment)
+    return (line, environment) if container is None else (container.command(line), container.variables(environment))
 
 
 class Agents:
@@ -74,9 +74,13 @@ class Agents:
         """True for every cell of several nodes, as all agents run here."""
         return trial.parsed_cell.nodes > 1
 
+    def devices_here(self, trial: Trial) -> int:
+        """One for every rank, as all agents run here."""
+        return trial.parsed_cell.world_size
+
     def command(self, trial: Trial, trial_file: Path, port: int = PORT) -> list[str]:
         """The agents' lines with the usual port; a run chooses a free one."""
-        return [shlex.join(contained(line, trial, self._environment(()))) for line in self._lines(trial.parsed_cell, trial_file, port)]
+        return [shlex.join(contained(line, trial, {})[0]) for line in self._lines(trial.parsed_cell, trial_file, port)]
 
     def start(self, trial: Trial, trial_file: Path, devices: Sequence[str]) -> AgentsJob:
         """Start one agent for each node."""
@@ -85,8 +89,9 @@ class Agents:
         try:
             for node, line in enumerate(self._lines(cell, trial_file, port)):
                 mine = devices[node * cell.processes_per_node : (node + 1) * cell.processes_per_node]
-                log, environment = Path(trial.work) / f"agent{node}.log", self._environment(mine)
-                job.add(Guarded(contained(line, trial, environment), environment=environment, log=log, keep=self._keep), log)
+                log = Path(trial.work) / f"agent{node}.log"
+                command, environment = contained(line, trial, self._environment(mine))
+                job.add(Guarded(command, environment=environment, log=log, keep=self._keep), log)
         except OSError as error:
             job.end()
             raise LaunchError(f"the agent of node {len(job.log_paths())} could not be started: {error}") from error
@@ -103,6 +108,8 @@ class Agents:
 
 class AgentsJob:
     """The running agents of one try."""
+
+    what = "the torchrun agent of node {}"
 
     def __init__(self) -> None:
         self._agents: list[Guarded] = []
@@ -141,7 +148,7 @@ class AgentsJob:
         for node, ended in enumerate(self._by_itself):
             if ended is not None and ended.code != 0:
                 how = "was killed together with its guard" if ended.code is None else f"ended with {signal_name(ended.code)}"
-                return f"the torchrun agent of node {node} {how}"
+                return f"{self.what.format(node)} {how}"
         return None
 
     def log_paths(self) -> list[Path]:

@@ -51,13 +51,13 @@ class Guarded:
         grace: float = GRACE_SECONDS, keep: tuple[int, ...] = (), hand_on: tuple[int, ...] = (),
     ) -> None:  # fmt: skip
         self.command = tuple(command)
-        self.marker = uuid.uuid4().hex  # a container hands on no variable but those with its own prefix
+        self.marker = uuid.uuid4().hex
         self._grace = grace
         line = [sys.executable, "-m", "bench.launch.guard", "--grace", str(grace), "--hand-on", json.dumps(hand_on), "--", *command]
         with log.open("ab") as file:
             self._process = subprocess.Popen(
                 line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, start_new_session=True, pass_fds=(*keep, *hand_on),
-                env={**environment, MARKER: self.marker, f"APPTAINERENV_{MARKER}": self.marker},
+                env={**environment, MARKER: self.marker},
             )  # fmt: skip
         self._ended: Ended | None = None
 

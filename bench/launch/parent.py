@@ -67,6 +67,10 @@ class ForkParent:
         """True for every cell of several nodes."""
         return trial.parsed_cell.nodes > 1
 
+    def devices_here(self, trial: Trial) -> int:  # noqa: ARG002 (as the protocol has it)
+        """None; it is for the CPU."""
+        return 0
+
     def command(self, trial: Trial, trial_file: Path) -> list[str]:
         """The parent's line; its ranks are forked from it."""
         return [f"{sys.executable} -m bench.launch.fork --program {self._program}  # {trial_file}, {trial.parsed_cell.world_size} ranks"]
@@ -119,7 +123,8 @@ class _ParentProcess:
         requests, self._requests = os.pipe()
         self._replies, replies = os.pipe()
         line = [*line, "--requests", str(requests), "--replies", str(replies)]
-        line = line if container is None else container.command(line, environment)
+        if container is not None:
+            line, environment = container.command(line), container.variables(environment)
         try:
             self.guard = Guarded(line, environment=environment, log=log, keep=keep, hand_on=(requests, replies))
         finally:

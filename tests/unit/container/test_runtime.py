@@ -44,31 +44,36 @@ def trial_in(tmp_path, package):
 def test_the_agent_runs_in_the_image_and_sees_only_what_it_needs(tmp_path, apptainer):
     trial = trial_in(tmp_path, package_digest())
     (line,) = Agents().command(trial, Path(trial.work) / "trial.json")
-    assert line.startswith(f"{apptainer} exec --contain --cleanenv --no-home ")
+    assert line.startswith(f"{apptainer} exec --contain --home ")
     assert f"--bind {tmp_path}/results/suite:{tmp_path}/results/suite:rw" in line
     assert f"--bind {tmp_path}/elsewhere:{tmp_path}/elsewhere:ro" in line
     assert f"{tmp_path}/x.sqfs /opt/venv/bin/python -m torch.distributed.run" in line
-    assert "--env PYTHONPATH=/opt/coati-bench " in line
     assert "--nv" not in line
-    assert "--env PATH=" not in line
+
+
+def test_of_the_hosts_environment_only_what_names_no_place_of_the_host_goes_in(tmp_path):
+    given = {"OMP_NUM_THREADS": "1", "CC": "/opt/gcc", "LD_LIBRARY_PATH": "/x", "PYTHONPATH": "/y", "VIRTUAL_ENV": "/z"}
+    inside = container_of(trial_in(tmp_path, package_digest())).variables(given)
+    assert set(inside) == {"OMP_NUM_THREADS", "PATH", "PYTHONPATH"}
+    assert inside["PYTHONPATH"] == "/opt/coati-bench"
 
 
 def test_another_package_than_the_images_is_bound_over_it(tmp_path, apptainer):
     container = container_of(trial_in(tmp_path, "of another revision"))
-    line = container.command(["python", "-c", "pass"], {})
-    assert f"{runtime.SOURCE_TREE}:{runtime.SOURCE_TREE}:ro" in line
-    assert f"PYTHONPATH={runtime.SOURCE_TREE}:/opt/coati-bench" in line
+    assert f"{runtime.SOURCE_TREE}:{runtime.SOURCE_TREE}:ro" in container.command(["python", "-c", "pass"])
+    assert container.variables({})["PYTHONPATH"] == f"{runtime.SOURCE_TREE}:/opt/coati-bench"
 
 
 def test_a_gpu_trial_gets_the_devices(tmp_path, apptainer):
-    assert "--nv" in Container(Path("x.sqfs"), gpu=True).command(["python"], {"CUDA_VISIBLE_DEVICES": "GPU-1"})
-    assert "CUDA_VISIBLE_DEVICES=GPU-1" in Container(Path("x.sqfs"), gpu=True).command(["python"], {"CUDA_VISIBLE_DEVICES": "GPU-1"})
+    container = Container(Path("x.sqfs"), gpu=True)
+    assert "--nv" in container.command(["python"])
+    assert container.variables({"CUDA_VISIBLE_DEVICES": "GPU-1"})["CUDA_VISIBLE_DEVICES"] == "GPU-1"
 
 
 def test_a_missing_runtime_is_said(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(MachineError, match="no container runtime; seen: neither apptainer nor singularity"):
-        Container(Path("x.sqfs")).command(["python"], {})
+        Container(Path("x.sqfs")).command(["python"])
 
 
 def test_the_image_is_part_of_what_a_trial_computes(tmp_path):
