@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 SHELL := /bin/bash
 
-.PHONY: help install install-deepspeed install-fabric quickstart test lint reference clean
+.PHONY: help install install-deepspeed install-fabric install-slurm quickstart test lint reference clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -17,6 +17,9 @@ install-deepspeed: ## the strategies deepspeed_zero2 and deepspeed_zero3 as well
 
 install-fabric: ## the strategy fabric (Lightning Fabric) as well
 	@$(PYTHON) envs/install.py --extra fabric
+
+install-slurm: ## what `run --profile slurm` needs as well, on the login node
+	@$(PYTHON) envs/install.py --extra slurm
 
 quickstart: install ## three stages x four strategies x LoRA x nodes on the CPU, and a report: minutes
 	@echo "coati-bench run config/quickstart.yaml"

@@ -113,15 +113,22 @@ def warm(target: Annotated[Path, typer.Argument(help="The file to make: results/
 
 @app.command()
 def trial(
-    trial_file: Annotated[
-        Path, typer.Argument(metavar="TRIAL.json", help="A trial file, for example results/SUITE/logs/CELL/0/trial.json.")
+    target: Annotated[
+        Path,
+        typer.Argument(help="results/SUITE/cells/CELL.json, a cell of a plan; or a trial file, results/SUITE/logs/CELL/0/trial.json."),
     ],
-    record: Annotated[Path, typer.Option(help="Where the record goes.")],
+    record: Annotated[Path | None, typer.Option(help="Where the record of a trial file goes; a cell's has its place in the suite.")] = None,
+    number: Annotated[int, typer.Option("--trial", min=0, help="Which trial of the cell.")] = 0,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Number of nodes; the same line is typed on each of them.")] = None,
+    node_rank: Annotated[int | None, typer.Option(min=0, help="Which node this is, from 0; node 0 leaves the record.")] = None,
+    rendezvous: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Where the nodes meet: a port of node 0.")] = None,
+    wait: Annotated[float, typer.Option(min=1, help="Longest wait for the other nodes, in seconds.")] = 300.0,
 ) -> None:
-    """Run one trial by hand, supervised. It leaves its record, as in a suite."""
-    from bench.launch.block import run_single
+    """Run one trial by hand, supervised, on one node or several. It leaves its record, as in a suite."""
+    from bench.launch.single import read_rendezvous, run_single
 
-    raise typer.Exit(run_single(trial_file, record))
+    meeting = read_rendezvous(nodes, node_rank, rendezvous)
+    raise typer.Exit(run_single(target, record, number=number, rendezvous=meeting, patience=wait))
 
 
 @app.command()

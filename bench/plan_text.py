@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shlex
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -111,16 +112,20 @@ def _print_skipped(console: Console, skipped: Iterable[Skipped]) -> None:
 
 
 def command_text(plan: Plan, results: Path) -> str:
-    """For every cell, the lines to paste on each node, one node a line."""
+    """What to type where there is no scheduler: what is made once, then for every cell a line for each node."""
     from bench.launch.command import command_lines
 
     layout = Layout(results / plan.suite)
     lines = [
-        "# For each cell, trial 0: a line to paste on each node, in this folder, with HEAD set to the address of node 0.",
-        "# A line reads its trial.json, which `coati-bench run` leaves there when it begins the trial.",
+        "# Once, on one node, in this folder, which all nodes must share:",
+        f"coati-bench plan SUITE --write --results {shlex.quote(str(results))}",
+        *(f"coati-bench data fetch {shlex.quote(name)} --manifest {shlex.quote(str(layout.data(name)))}" for name in plan.data),
+        *(f"coati-bench warm {shlex.quote(str(layout.warm(warm.key) / 'done.json'))}" for warm in plan.warm),
+        "# For each cell, trial 0 (--trial K: another one): a line on each node, in any order, with HEAD set to the address of node 0.",
+        "# Node 0 waits for the others and leaves the record.",
     ]
     for cell_id, cell in plan.cells.items():
         counts = (f"{count} {name}{'s' * (count > 1)}" for count, name in ((cell.world_size, "rank"), (cell.nodes, "node")))
         lines.append(f"# {cell_id}: {' on '.join(counts)}")
-        lines += command_lines(cell, layout.logs(cell_id, 0) / "trial.json")
+        lines += command_lines(cell, layout.cell(cell_id))
     return "\n".join(lines)

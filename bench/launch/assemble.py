@@ -126,6 +126,13 @@ def node_differences(notes: dict[int, dict[str, Any]]) -> dict[str, dict[str, An
     return found
 
 
+def share_a_machine(trial: Trial) -> bool:
+    """Whether two of the trial's nodes run on one kernel by what they noted of themselves: then they are no nodes to be timed."""
+    notes = (_node(Path(trial.work), node) for node in range(trial.parsed_cell.nodes))
+    boots = [boot for note in notes if note and (boot := note["machine"].get("boot_id"))]
+    return len(set(boots)) < len(boots)
+
+
 def _model(cell: Cell) -> dict[str, str | None]:
     """Where the model's shape and weights come from: name, `weights`, and the pinned repository of published ones."""
     preset = PRESETS.get(cell.model) if cell.settings.weights == "pretrained" else None

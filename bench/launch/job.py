@@ -21,6 +21,10 @@ class LaunchError(Exception):
     """The launcher could not start the ranks; an incident, so it is tried again."""
 
 
+class AbsentError(Exception):
+    """A node that the trial needs did not come, or is not there; waiting again is no use."""
+
+
 class Job(Protocol):
     """One try at a trial, running."""
 
@@ -44,13 +48,19 @@ class Launcher(Protocol):
     """A way to start the ranks of a trial."""
 
     name: str
-    """`torchrun` or `fork`."""
+    """`torchrun` or `fork`; `srun` or `manual` for torchrun agents on several hosts."""
 
     def simulated_nodes(self, trial: Trial) -> bool:
         """Whether several nodes of the cell are agents on one machine."""
 
+    def devices_here(self, trial: Trial) -> int:
+        """How many devices of this machine the trial needs."""
+
     def start(self, trial: Trial, trial_file: Path, devices: Sequence[str]) -> Job:
-        """Start the ranks on `devices` (UUIDs, all nodes' in order; none on the CPU). Raises LaunchError where that fails at once."""
+        """Start the ranks on `devices` (UUIDs of this machine, in order; none on the CPU).
+
+        Raises LaunchError where that fails at once, AbsentError where a node is missing.
+        """
 
     def command(self, trial: Trial, trial_file: Path) -> list[str]:
         """The lines that it runs, one for each node."""

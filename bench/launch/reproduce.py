@@ -21,7 +21,7 @@ from bench.checkpoint import checkpoint_sha256
 from bench.data.cache import sha256_of
 from bench.data.fetch import fetch
 from bench.errors import BenchError, CheckpointError, RecordError, UserError
-from bench.launch.block import run_single
+from bench.launch.single import run_single
 from bench.launch.warm import texts
 from bench.layout import Layout
 from bench.matrix import cell_data, load_plan

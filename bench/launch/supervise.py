@@ -20,7 +20,7 @@ from bench.launch.assemble import assemble, make_provenance
 from bench.launch.classify import SIGTERM, Seen, Verdict, classify
 from bench.launch.command import Agents
 from bench.launch.environment import rank_environment
-from bench.launch.job import Job, Launcher, LaunchError
+from bench.launch.job import AbsentError, Job, Launcher, LaunchError
 from bench.launch.oom import oom_kills
 from bench.launch.parent import ForkParent
 from bench.launch.pool import BusyError, LackingError, hold_devices
@@ -55,7 +55,7 @@ class Try:
 
 
 def run_trial(
-    trial: Trial, record_path: Path, *, parent: ForkParent | None = None, agents: Agents | None = None, stop: Stop | None = None
+    trial: Trial, record_path: Path, *, parent: ForkParent | None = None, agents: Launcher | None = None, stop: Stop | None = None
 ) -> Record:
     """Run `trial` to its end and return its record, which is written to `record_path` unless the trial was cancelled.
 
@@ -98,7 +98,7 @@ def leave(record: Record, path: Path, work: Path) -> None:
 
 
 @contextmanager
-def _launcher(trial: Trial, parent: ForkParent | None, agents: Agents | None) -> Iterator[Launcher]:
+def _launcher(trial: Trial, parent: ForkParent | None, agents: Launcher | None) -> Iterator[Launcher]:
     if trial.parsed_cell.settings.launcher != "fork":
         yield agents or Agents()
     elif parent is not None:
@@ -114,11 +114,11 @@ def _try_with_devices(trial: Trial, launcher: Launcher, stop: Stop, telemetry: P
     try:
         if cell.settings.device == "cpu":
             return _try(trial, launcher, stop, [], telemetry)
-        with hold_devices(cell.world_size, stopped=stop.wait) as devices:
+        with hold_devices(launcher.devices_here(trial), stopped=stop.wait) as devices:
             return _try(trial, launcher, stop, devices, telemetry)
     except BusyError as problem:
         return Try(verdict=Verdict("busy", str(problem)))
-    except LackingError as problem:
+    except (AbsentError, LackingError) as problem:
         return Try(verdict=Verdict("error", str(problem)))
     except LaunchError as problem:
         return Try(verdict=Verdict("error", str(problem), incident=True))

@@ -98,6 +98,11 @@ def device_numa_node(pci_bus: str | None, root: Path = ROOT) -> int | None:
     return None if pci_bus is None else _numa_node(root / "sys/bus/pci/devices" / pci_bus.lower()[-12:])
 
 
+def boot_id(root: Path = ROOT) -> str | None:
+    """Which start of which kernel this is (proc(5), random/boot_id): hosts that share it are parts of one machine."""
+    return _read(root / "proc/sys/kernel/random/boot_id")
+
+
 def operating_system(root: Path = ROOT) -> str | None:
     """Name and version of the distribution."""
     found = re.search(r'^PRETTY_NAME="?([^"\n]+)', _read(root / "etc/os-release") or "", re.MULTILINE)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.measure.machine_file import known_ceilings
-from bench.measure.node import device_numa_node, fabric, network, numa, operating_system, processors
+from bench.measure.node import boot_id, device_numa_node, fabric, network, numa, operating_system, processors
 from bench.measure.nvml import describe_devices, describe_links
 
 SOURCE_TREE = Path(__file__).resolve().parents[2]
@@ -129,6 +129,7 @@ def machine() -> dict[str, Any]:
         "hostname": platform.node(),
         "operating_system": operating_system(),
         "kernel": platform.release(),
+        "boot_id": boot_id(),
         "architecture": platform.machine(),
         **processors(),
         "cores": os.cpu_count(),

@@ -154,7 +154,7 @@ class Trial:
             return "ColossalAI was emulated on a CPU"
         if self.record.simulated_nodes:
             return "the nodes were simulated on one machine"
-        if self.record.launcher != "torchrun":
+        if self.record.launcher == "fork":
             return f"ranks were started by {self.record.launcher}, which makes no timing claims"
         if self.record.resumed_step is not None:
             return "the trial was stopped and went on later"

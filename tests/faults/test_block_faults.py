@@ -13,7 +13,8 @@ import pytest
 from bench.checkpoint import checkpoint_sha256
 from bench.data.fetch import fetch_for_suite
 from bench.errors import UserError
-from bench.launch.block import run_block, run_single, run_warm
+from bench.launch.block import run_block, run_warm
+from bench.launch.single import run_single
 from bench.layout import Layout
 from bench.matrix import load_plan, make_plan, save_plan
 from bench.record import load_record, write_json

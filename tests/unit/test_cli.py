@@ -55,11 +55,12 @@ def test_plan_says_what_its_trials_can_claim_and_what_they_cost(capsys: pytest.C
 
 def test_plan_commands_prints_a_line_for_every_node(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = call(capsys, "plan", str(ROOT / "config" / "reference" / "llama-7b-3x6.yaml"), "--commands")
-    assert "# A line reads its trial.json, which `coati-bench run` leaves there" in out
-    lines = [line for line in out.splitlines() if "torch.distributed.run" in line]
+    lines = [line for line in out.splitlines() if line.startswith("coati-bench trial ")]
     assert code == 0
-    assert [f"--node-rank {rank}" in line for rank, line in enumerate(lines)] == [True] * 3
-    assert all("--nnodes 3" in line and "--nproc-per-node 6" in line for line in lines)
+    assert [f"--node-rank {rank} --rendezvous $HEAD:29500" in line for rank, line in enumerate(lines)] == [True] * 3
+    assert all("--nodes 3 " in line and "/cells/" in line for line in lines)
+    assert "coati-bench data fetch " in out
+    assert " --write" in out
 
 
 @pytest.mark.parametrize("suite", sorted((ROOT / "config").rglob("*.yaml")), ids=lambda path: path.stem)

@@ -201,7 +201,7 @@ def locks() -> dict[str, str]:
 
 
 def test_every_locked_requirement_is_exact_and_hashed_and_names_no_address() -> None:
-    extras = {"deepspeed.lock", "fabric.lock"}
+    extras = {"deepspeed.lock", "fabric.lock", "slurm.lock"}
     assert set(locks()) == {"cpu.lock", "cpu-torch-cpu.lock", "cpu-torch-cuda.lock", "cuda.lock", "sdist.lock", *extras}
     for text in locks().values():
         requirements = load("lock").parse(text)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.cell import cell_from_json
+from bench.cell import cell_from_json, cell_to_json
 from bench.launch.command import Agents, agent_line, command_lines
 from bench.launch.environment import SOURCE_TREE, rank_environment
 from bench.launch.parent import rank_variables
@@ -29,15 +29,18 @@ def test_an_agents_line_says_where_it_stands():
     )
 
 
-def test_lines_to_paste_are_one_for_each_node_and_meet_at_the_first():
-    lines = command_lines(cell(3, 2), Path("a b/trial.json"))
-    assert len(lines) == 3
-    for node, line in enumerate(lines):
-        words = shlex.split(line)
-        assert words[words.index("--node-rank") + 1] == str(node)
-        assert words[words.index("--master-addr") + 1] == "$HEAD"
-        assert words[-3:] == ["-m", "bench.worker", "a b/trial.json"]
-    assert "--master-addr 127.0.0.1" in command_lines(cell(), Path("t.json"))[0]
+def test_lines_to_type_are_one_for_each_node_and_meet_at_the_first():
+    lines = command_lines(cell(3, 2), Path("a b/cells/c.json"), trial=2)
+    assert [shlex.split(line) for line in lines] == [
+        ["coati-bench", "trial", "a b/cells/c.json", "--trial", "2", "--nodes", "3", "--node-rank", rank, "--rendezvous", "$HEAD:29500"]
+        for rank in "012"
+    ]
+    assert command_lines(cell(), Path("cells/c.json")) == ["coati-bench trial cells/c.json"]
+
+
+def test_forked_ranks_of_several_nodes_are_one_line():
+    forked = cell_from_json({**cell_to_json(cell(2)), "device": "cpu", "launcher": "fork"})
+    assert command_lines(forked, Path("cells/c.json")) == ["coati-bench trial cells/c.json"]
 
 
 def test_prefixes_go_around_the_agent_outer_first(tmp_path):
