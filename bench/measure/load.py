@@ -38,6 +38,8 @@ class HostLoad:
 
     def __init__(self) -> None:
         self._cgroup = cgroup_memory_file()
+        self._spent: dict[int, float] = {}
+        """Processor time of every process of the ranks when it was last seen."""
         psutil.cpu_percent()  # the next call counts from here
 
     def cgroup_bytes(self) -> int | None:
@@ -52,11 +54,12 @@ class HostLoad:
     def sample(self, pids: Iterable[int], resident_bytes: int) -> dict[str, Any]:
         """A row of the telemetry file; `pids` are the ranks' processes, `resident_bytes` what they hold together."""
         memory = psutil.virtual_memory()
+        self._spent.update({pid: spent for pid in pids if (spent := cpu_seconds(pid)) > 0})
         return {
             "cpu_percent": psutil.cpu_percent(),
             "memory_used_bytes": memory.total - memory.available,
             "cgroup_memory_bytes": self.cgroup_bytes(),
-            "ranks_cpu_seconds": sum(cpu_seconds(pid) for pid in pids),
+            "ranks_cpu_seconds": sum(self._spent.values()),
             "ranks_resident_bytes": resident_bytes,
         }
 

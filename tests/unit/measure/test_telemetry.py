@@ -12,7 +12,7 @@ import pytest
 
 from bench.layout import telemetry_path
 from bench.measure import nvml
-from bench.measure.load import cgroup_memory_file
+from bench.measure.load import HostLoad, cgroup_memory_file
 from bench.measure.nvml import IDLE_BYTES, Device, all_devices, describe_devices, describe_links
 from bench.measure.telemetry import Telemetry
 from bench.measure.timeline import Timeline, load_timeline
@@ -273,6 +273,17 @@ def test_device_state_is_read_at_least_once_a_second_and_memory_ten_times(driver
     assert len(seconds) >= 3
     assert max(after - before for before, after in pairwise(seconds)) <= 1.0
     assert telemetry.observed()["telemetry_samples"] >= 20
+
+
+def test_processor_time_of_a_rank_that_ended_stays_counted(monkeypatch):
+    spent = {1: 3.0, 2: 5.0}
+    monkeypatch.setattr("bench.measure.load.cpu_seconds", lambda pid: spent.get(pid, 0.0))
+    load = HostLoad()
+    assert load.sample([1, 2], 0)["ranks_cpu_seconds"] == 8.0
+    del spent[2]
+    spent[1] = 4.0
+    assert load.sample([1, 2], 0)["ranks_cpu_seconds"] == 9.0
+    assert load.sample([1], 0)["ranks_cpu_seconds"] == 9.0
 
 
 def test_another_file_is_no_telemetry(tmp_path):
