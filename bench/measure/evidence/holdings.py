@@ -33,7 +33,10 @@ def has_masters(precision: str) -> bool:
 class Holdings:
     """Where the tensors of one engine lie, found once, right after it was prepared; what lies there is read anew each time."""
 
-    def __init__(self, engine: Engine, precision: str, device: torch.device) -> None:
+    def __init__(self, engine: Engine, precision: str, device: torch.device, bare: nn.Module | None = None) -> None:
+        """`bare` is the module as it was given to the strategy: what hangs on it beside parameters (scales of 8- and 4-bit weights,
+        caches) is no master.
+        """
         self._engine, self._device = engine, device
         self.names = dict(engine.module.named_parameters())
         found = walk(engine)
@@ -42,15 +45,16 @@ class Holdings:
         """Trainable parameters that lie elsewhere than the module's own, which are empty meanwhile: chunks, DeepSpeed's partitions."""
         self._frozen_shards = _partitions(self.names.values(), trainable=False)
         self.masters: list[Slot] = []
-        self._sort(found.slots, WEIGHT_BYTES[precision], has_masters(precision))
+        beside = [] if bare is None else [tensor for slot in walk(bare).slots if (tensor := slot.read()) is not None]
+        self._sort(found.slots, beside, WEIGHT_BYTES[precision], has_masters(precision))
         stored = {tensor.dtype for tensor in self.own(trainable=True).values()}
         self.masters_are_parameters = has_masters(precision) and torch.float32 in stored
         """The module's parameters are the fp32 masters; 16-bit ones exist only while they are used (FSDP)."""
 
-    def _sort(self, slots: list[Slot], weight_bytes: int, masters: bool) -> None:
+    def _sort(self, slots: list[Slot], beside: list[Tensor], weight_bytes: int, masters: bool) -> None:
         """Tell shards and masters from all else by their type: both are floating, and neither parameters of the module nor buffers."""
         partitions = [*_read(self.shards, "").values(), *_read(self._frozen_shards, "").values()]
-        known = storages([*self._own().values(), *partitions, *map(local, self._engine.module.buffers())])
+        known = storages([*self._own().values(), *partitions, *beside, *map(local, self._engine.module.buffers())])
         released = not partitions and any(not tensor.untyped_storage().nbytes() for tensor in self._own(trainable=True).values())
         for slot in slots:
             tensor = slot.read()

@@ -126,6 +126,19 @@ def test_shards_masters_and_frozen_parameters_are_told_apart() -> None:
     assert not holdings.masters_are_parameters
 
 
+def test_scales_of_quantised_weights_are_no_masters() -> None:
+    class Engine(Chunked):
+        """Its frozen weights have fp32 scales beside them, as bitsandbytes keeps them."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            vars(self.module[1].weight)["SCB"] = torch.zeros(1000)
+            vars(self.module[1])["state"] = Odd()
+
+    engine = Engine()
+    assert Holdings(engine, "bf16-master", CPU, engine.module).optimizer() == Amount(40, 10)
+
+
 def test_gradients_that_an_engine_keeps_for_itself_are_what_is_new() -> None:
     engine = Chunked()
     holdings = Holdings(engine, "bf16-master", CPU)  # type: ignore[arg-type]
