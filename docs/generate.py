@@ -16,8 +16,10 @@ ROOMS = {
     "bench/data": "sources, formats, synthetic sets, batches",
     "bench/measure": "clocks, memory, provenance",
     "bench/measure/evidence": "proof that a strategy is active",
+    "bench/container": "images: what goes in, building, checking, running in them",
     "bench/launch": "ranks, supervision, blocks, Snakemake",
     "bench/report": "from records to a page",
+    "bench/report/metrics": "derived metrics, a decorated function each",
 }
 
 
