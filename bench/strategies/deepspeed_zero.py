@@ -108,6 +108,15 @@ class DeepSpeedZeroEngine(Engine):
         groups = self._optimizer.averaged_gradients.values()
         return [share for group in groups if group for share in group if share is not None]
 
+    def training_state(self) -> dict[str, Any]:
+        """See `Engine.training_state`; with the loss scale."""
+        return {**super().training_state(), "scale": plain(self._optimizer.loss_scaler)}
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """See `Engine.load_training_state`."""
+        super().load_training_state(state)
+        vars(self._optimizer.loss_scaler).update(state["scale"])
+
     def full_state(self) -> dict[str, torch.Tensor] | None:
         """See `Engine.full_state`. What ZeRO-3 keeps in shards is gathered tensor by tensor."""
         import deepspeed
@@ -122,12 +131,18 @@ class DeepSpeedZeroEngine(Engine):
         return found if first else None
 
 
+def plain(item: object) -> dict[str, Any]:
+    """The numbers among the attributes of an object."""
+    return {name: value for name, value in vars(item).items() if isinstance(value, (bool, int, float))}
+
+
 class DeepSpeedZero(Strategy):
     """A stage of DeepSpeed's ZeRO with torch's AdamW."""
 
     precisions = frozenset(PRECISION)
     requires = (Requirement("deepspeed", "0.19", extra="deepspeed"),)
     stage: ClassVar[int]
+    engine: ClassVar[type[DeepSpeedZeroEngine]] = DeepSpeedZeroEngine
 
     def unsupported(self, cell: Cell) -> str | None:
         """See `Strategy.unsupported`."""
@@ -159,4 +174,4 @@ class DeepSpeedZero(Strategy):
 
     def prepare(self, module: nn.Module, cell: Cell, device: torch.device, *, learning_rate: float) -> Engine:
         """See `Strategy.prepare`. DeepSpeed itself places the model on this rank's device."""
-        return DeepSpeedZeroEngine(module, cell, device, learning_rate=learning_rate, stage=self.stage)
+        return self.engine(module, cell, device, learning_rate=learning_rate, stage=self.stage)

@@ -3,14 +3,71 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from bench.cell import Cell
-from bench.strategies.deepspeed_zero import DeepSpeedZero, lay_out
+from bench.errors import CheckpointError
+from bench.strategies.deepspeed_zero import DeepSpeedZero, DeepSpeedZeroEngine, lay_out, plain
+from bench.strategies.training_state import kept, put_back
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+
+class Zero3Engine(DeepSpeedZeroEngine):
+    """Shards of the parameters lie in `parameter.ds_tensor`, their fp32 masters in flat tensors, whatever the precision."""
+
+    def training_state(self) -> dict[str, Any]:
+        """See `Engine.training_state`."""
+        moments = self._optimizer.optimizer.state
+        return {
+            "scale": plain(self._optimizer.loss_scaler),
+            "parameters": {name: kept(shard) for name, shard in self._shards().items()},
+            "masters": [kept(master) for master in self._masters()],
+            "states": [{name: _saved(value) for name, value in moments.get(master, {}).items()} for master in self._masters()],
+        }
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """See `Engine.load_training_state`."""
+        shards, masters = self._shards(), self._masters()
+        if shards.keys() != state["parameters"].keys() or len(masters) != len(state["masters"]):
+            raise CheckpointError(
+                f"the saved training state is of another model or strategy; seen: {len(state['parameters'])} parameters; "
+                f"{len(shards)} would be right"
+            )
+        for name, shard in shards.items():
+            put_back(state["parameters"][name], shard)
+        for master, saved, values in zip(masters, state["masters"], state["states"], strict=True):
+            put_back(saved, master)
+            self._optimizer.optimizer.state[master] = {name: _restored(value, master) for name, value in values.items()}
+        vars(self._optimizer.loss_scaler).update(state["scale"])
+        self._gather_again()
+
+    def _shards(self) -> dict[str, torch.Tensor]:
+        named: Iterable[tuple[str, Any]] = self._bare.named_parameters()
+        return {name: parameter.ds_tensor for name, parameter in named if parameter.requires_grad}
+
+    def _masters(self) -> list[torch.Tensor]:
+        return list(self._optimizer.fp32_partitioned_groups_flat)
+
+    def _gather_again(self) -> None:
+        """Small parameters are whole on every rank all the time; drop them and gather them from the new shards."""
+        whole = self._optimizer.persistent_parameters
+        if whole:
+            whole[0].partition(whole)
+            whole[0].all_gather(whole)
+
+
+def _saved(value: torch.Tensor) -> dict[str, Any]:
+    """A tensor with its kind of device: some optimizers count their steps on the host."""
+    return {"tensor": kept(value), "device": value.device.type}
+
+
+def _restored(saved: dict[str, Any], master: torch.Tensor) -> torch.Tensor:
+    found: torch.Tensor = saved["tensor"].to(master.device if saved["device"] == master.device.type else saved["device"])
+    return found
 
 
 class DeepSpeedZero3(DeepSpeedZero):
@@ -18,10 +75,9 @@ class DeepSpeedZero3(DeepSpeedZero):
 
     name = "deepspeed_zero3"
     stage = 3
+    engine = Zero3Engine
     description = "DeepSpeed ZeRO stage 3: parameters, gradients and optimizer states in shards"
     sharded = frozenset({"parameters", "gradients", "optimizer", "frozen"})
-    resumable = False
-    """Parameters come and go (`ds_tensor`, and whole ones below a threshold): their share at a step's end is not one tensor."""
 
     def __init__(self) -> None:
         self._engines: list[object] = []

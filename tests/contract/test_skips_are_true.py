@@ -106,7 +106,7 @@ def whole_parameters(cell: Cell) -> tuple[int, int]:
     module = build_policy(trial_of(cell))
     whole = sum(parameter.numel() for parameter in module.parameters())
     _, engine, _ = make_engine(cell, module)
-    return sum(parameter.numel() for parameter in engine.module.parameters()), whole
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters()), whole
 
 
 @pytest.mark.parametrize(("strategy", "about"), list(refusals()))
