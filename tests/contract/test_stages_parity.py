@@ -119,7 +119,7 @@ def test_torchrun_gives_the_losses_of_forked_ranks(run, root, strategy):
     forked = only(run("sft", 2, **changes))
     cell = cell_of("sft", 2, **changes, launcher="torchrun")
     trial = tiny_trial(cell, root / cell.cell_id)
-    launch([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"], trial, root)
+    launch([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"], trial, root)
     assert only([load_part(trial.part_path(rank)) for rank in (0, 1)]).series["loss"] == pytest.approx(forked.series["loss"], rel=1e-6)
 
 
@@ -128,7 +128,7 @@ def launch(line: list[str], trial: Any, root: Path) -> None:
     save_trial(trial, file)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
     done = subprocess.run(
-        [*line, "-m", "bench.worker", str(file)], check=False, capture_output=True, text=True, timeout=240, env=environment
+        [*line, "-m", "bench.worker", str(file)], check=False, capture_output=True, text=True, timeout=150, env=environment
     )
     assert done.returncode == 0, done.stderr[-2000:]
 
