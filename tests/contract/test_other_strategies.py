@@ -6,6 +6,8 @@ from functools import cache
 
 import pytest
 
+from bench.launch.command import Agents
+from bench.launch.supervise import run_trial
 from bench.record import Part
 from bench.strategies.base import all_strategies
 from tests.trials import only, run_forked, tiny_cell, tiny_trial
@@ -73,3 +75,14 @@ def test_a_stage_trains_in_16_bits_with_fp32_masters(run, strategy, stage):
     seen, naive = (run(stage, kind, ranks, micro_batch=2, precision="bf16-master") for kind, ranks in ((strategy, 2), ("naive", 1)))
     assert seen.series["loss"][0] == pytest.approx(naive.series["loss"][0], rel=2e-2, abs=2e-2)
     assert seen.facts["precision"] == "bf16-master"
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_torchrun_agents_give_the_losses_of_forked_ranks_and_evidence_refutes_nothing(run, strategy, tmp_path):
+    forked = run("sft", strategy, 2, micro_batch=2)
+    cell = tiny_cell(
+        "sft", **{**SIZES["sft"], "strategy": strategy, "nodes": 2, "micro_batch": 2, "launcher": "torchrun", "held_out_rows": 12}
+    )
+    record = run_trial(tiny_trial(cell, tmp_path / "trial"), tmp_path / "record.json", agents=Agents())
+    assert (record.outcome, record.reason) == ("ok", None)
+    assert record.parts[0].series["loss"] == pytest.approx(forked.series["loss"], rel=FIRST)
