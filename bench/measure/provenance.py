@@ -23,7 +23,7 @@ SOURCE_TREE = Path(__file__).resolve().parents[2]
 
 PACKAGES = (
     "torch", "transformers", "peft", "colossalai", "accelerate", "tokenizers", "safetensors", "numpy", "triton", "flash-attn", "pydantic",
-    "snakemake",
+    "snakemake", "deepspeed", "lightning-fabric", "bitsandbytes",
 )  # fmt: skip
 
 RECORDED = re.compile(
