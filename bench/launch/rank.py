@@ -24,6 +24,10 @@ DUMP_SIGNAL = signal.SIGUSR1
 """Makes a rank write the stacks of its threads into its log."""
 
 
+SUPERVISOR = "supervisor.txt"
+"""In the work folder: the host that the supervisor is on."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankProcess:
     """One rank as the process that started it saw it."""
@@ -98,11 +102,40 @@ def main(arguments: list[str]) -> None:
         signal.signal(number, lambda received, _: os.kill(pid, received))
     process = RankProcess(rank=rank, pid=pid, hostname=socket.gethostname())
     note_process(process, work)
-    if os.environ["LOCAL_RANK"] == "0":
-        _note_node(work, int(os.environ["GROUP_RANK"]))
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    code = _wait_on_node(pid, Path(trial), int(os.environ["GROUP_RANK"])) if os.environ["LOCAL_RANK"] == "0" else _wait(pid)
     note_process(RankProcess(rank=rank, pid=pid, hostname=process.hostname, code=code, ended=time.time()), work)
     sys.exit(code if code >= 0 else 128 - code)
+
+
+def _wait(pid: int) -> int:
+    """Exit code of the rank, at its end."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def _wait_on_node(pid: int, trial_file: Path, node: int) -> int:
+    """As `_wait`; meanwhile note what the node is, and read its devices and host if the supervisor is on another one."""
+    work = trial_file.parent
+    if _is_supervised_here(work):
+        _note_node(work, node)
+        return _wait(pid)
+    from bench.launch.readings import reading_node
+
+    with reading_node(trial_file, node):
+        _note_node(work, node)
+        return _wait(pid)
+
+
+def name_supervisor(work: Path) -> None:
+    """Say that the supervisor is on this host."""
+    (work / SUPERVISOR).write_text(socket.gethostname(), encoding="utf-8")
+
+
+def _is_supervised_here(work: Path) -> bool:
+    """Also where nobody said so: a trial that is run by hand, without a supervisor."""
+    try:
+        return (work / SUPERVISOR).read_text(encoding="utf-8") == socket.gethostname()
+    except OSError:
+        return True
 
 
 def node_path(work: Path, node: int) -> Path:

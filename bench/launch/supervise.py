@@ -25,13 +25,13 @@ from bench.launch.oom import oom_kills
 from bench.launch.parent import ForkParent
 from bench.launch.pool import BusyError, LackingError, hold_devices
 from bench.launch.processes import proportional_bytes, resident_bytes, signal_name
-from bench.launch.rank import read_process
+from bench.launch.rank import name_supervisor, read_process
+from bench.launch.readings import Readings, flags, foreign_processes, observe, other_nodes
 from bench.launch.watch import Stop, Watched, dump_stacks, listening, watch
 from bench.layout import telemetry_path
 from bench.measure.nvml import Device
 from bench.measure.provenance import utc_now
 from bench.measure.telemetry import Telemetry
-from bench.measure.timeline import Timeline
 from bench.record import Part, Record, load_part, save_record
 from bench.saves import drop_saves
 from bench.trial import Trial, save_trial
@@ -132,6 +132,7 @@ def _try(trial: Trial, launcher: Launcher, stop: Stop, devices: list[Device], te
     work = Path(trial.work)
     clean(work)
     save_trial(trial, work / "trial.json")
+    name_supervisor(work)
     kills = oom_kills()
     job = launcher.start(trial, work / "trial.json", [device.uuid for device in devices])
     try:
@@ -145,31 +146,11 @@ def _try(trial: Trial, launcher: Launcher, stop: Stop, devices: list[Device], te
         stop.wait(_SIGNAL_SECONDS)
     seen = _gather(trial, job, watched, stop, 0 if kills is None else (oom_kills() or 0) - kills)
     verdict = classify(seen)
-    if (strangers := telemetry.strangers()) and verdict.outcome == "ok":
-        verdict = Verdict("invalid", f"a process of somebody else computed on the devices meanwhile: {', '.join(map(str, strangers))}")
-    flags = [f"throttled: {reason}" for reason in telemetry.throttles()]
-    observed = _observed(trial, watched, telemetry) | _keep(telemetry.timeline, telemetry_file)
-    add_lap_energy(observed["devices"], telemetry.timeline, seen.parts)
-    if devices and observed["strangers"] is None:
-        flags.append("foreign processes unknown")
-    return Try(verdict=verdict, parts=tuple(seen.parts.values()), observed=observed, flags=tuple(flags))
-
-
-def _keep(timeline: Timeline, path: Path) -> dict[str, Any]:
-    """Write the telemetry file; a full disk is no reason to lose the record."""
-    try:
-        timeline.save(path)
-    except OSError as error:
-        return {"telemetry_file": None, "telemetry_note": f"the telemetry file could not be written: {error.strerror}"}
-    return {"telemetry_file": f"{path.parent.name}/{path.name}"}
-
-
-def add_lap_energy(devices: dict[str, dict[str, Any]], timeline: Timeline, parts: dict[int, Part]) -> None:
-    """Add the energy of every lap to what was observed of each device; laps begin and end as the lowest rank's did."""
-    lead = parts[min(parts)] if parts else None
-    edges = [(lap.opened, lap.opened + lap.seconds) for lap in lead.laps if lap.opened is not None] if lead else []
-    for uuid, found in devices.items():
-        found["laps_energy_joules"] = timeline.energy_between(uuid, edges)
+    own, others = Readings.of(telemetry), other_nodes(trial)
+    if (strangers := foreign_processes(own, others)) and verdict.outcome == "ok":
+        verdict = Verdict("invalid", f"a process of somebody else computed on the devices meanwhile: {', '.join(strangers)}")
+    observed = _observed(trial, watched) | observe(own, others, seen.parts, telemetry_file)
+    return Try(verdict=verdict, parts=tuple(seen.parts.values()), observed=observed, flags=tuple(flags(own, others)))
 
 
 def _gather(trial: Trial, job: Job, watched: Watched, stop: Stop, kills: int) -> Seen:
@@ -190,12 +171,11 @@ def _part(path: Path) -> Part | None:
         return None
 
 
-def _observed(trial: Trial, watched: Watched, telemetry: Telemetry) -> dict[str, Any]:
+def _observed(trial: Trial, watched: Watched) -> dict[str, Any]:
     notes = {rank: read_process(Path(trial.work), rank) for rank in range(trial.parsed_cell.world_size)}
     ends = {str(rank): signal_name(note.code) for rank, note in notes.items() if note and note.code is not None}
     by_itself = {rank for rank, note in watched.processes.items() if note.code is not None}
     return {
-        **telemetry.observed(),
         "seconds": watched.seconds,
         "time_to_detection_seconds": watched.detection_seconds,
         "exits": ends,

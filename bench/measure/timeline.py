@@ -1,8 +1,9 @@
 """What was read of a trial's devices and host over time: one compact file per trial, and the figures that its record keeps. Torch-free.
 
 The file is gzipped JSON by columns: {schema, started_unix_seconds, seconds: [...], host: {column: [...]}, devices: {uuid: {column: [...]}},
-unknown: {uuid: {column: why it is null}}}. `seconds` count from `started_unix_seconds`; a column's name ends in its unit. Columns that
-count up (energy, bytes over links, processor time) are as the system counts them; their differences mean something.
+unknown: {uuid: {column: why it is null}}, nodes: {number: the same of every other node}}. `seconds` count from
+`started_unix_seconds`; a column's name ends in its unit. Columns that count up (energy, bytes over links, processor time) are as the system
+counts them; their differences mean something.
 """
 
 from __future__ import annotations
@@ -62,12 +63,26 @@ class Timeline:
         values = [(_interpolate(known, begin), _interpolate(known, end)) for begin, end in edges]
         return [None if first is None or last is None else last - first for first, last in values]
 
-    def save(self, path: Path) -> None:
-        """Write the file, at once. Raises OSError."""
-        content = {
-            "schema": SCHEMA, "started_unix_seconds": self.started, "seconds": self.seconds, "host": self.host, "devices": self.devices,
+    def content(self) -> dict[str, Any]:
+        """As it stands in the file."""
+        return {
+            "started_unix_seconds": self.started, "seconds": self.seconds, "host": self.host, "devices": self.devices,
             "unknown": self.unknown,
         }  # fmt: skip
+
+    @staticmethod
+    def of(content: Mapping[str, Any]) -> Timeline:
+        """The timeline with this content. Raises KeyError."""
+        made = Timeline()
+        made.started, made.seconds = content["started_unix_seconds"], content["seconds"]
+        made.host, made.devices, made.unknown = content["host"], content["devices"], content["unknown"]
+        return made
+
+    def save(self, path: Path, nodes: Mapping[int, Timeline] | None = None) -> None:
+        """Write the file, at once; `nodes` are the timelines of other nodes. Raises OSError."""
+        content = {"schema": SCHEMA, **self.content()}
+        if nodes:
+            content["nodes"] = {str(node): timeline.content() for node, timeline in nodes.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f".{path.name}.draft")
         draft.write_bytes(gzip.compress(json.dumps(content, separators=(",", ":")).encode(), mtime=0))

@@ -105,6 +105,14 @@ def kill_self(trial: Trial, rank: int) -> int:
     return 0
 
 
+def kill_waiter(trial: Trial, rank: int) -> int:
+    beat(trial, rank, "train", 2)
+    time.sleep(0.5)
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(600)
+    return 0
+
+
 def memory_error(trial: Trial, rank: int) -> int:
     raise MemoryError
 
