@@ -99,6 +99,8 @@ class Zero(Strategy):
 
     def unsupported(self, cell: Cell) -> str | None:
         """See `Strategy.unsupported`."""
+        if self.offloaded and cell.settings.precision not in MASTER_MODES:
+            return f"{self.name}: ColossalAI's cpu_offload moves masters only, and precision {cell.settings.precision} has none"
         return super().unsupported(cell) or (None if self.offloaded else optimizer_problem(cell))
 
     def forced_settings(self, cell: Cell) -> dict[str, Any]:

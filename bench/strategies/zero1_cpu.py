@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bench.strategies.precision import MASTER_MODES
 from bench.strategies.zero import Zero
 
 
@@ -10,6 +11,7 @@ class Zero1Cpu(Zero):
 
     name = "zero1_cpu"
     description = "ColossalAI LowLevelZero stage 1: optimizer states in shards, in host memory"
+    precisions = MASTER_MODES
     stage = 1
     sharded = frozenset({"optimizer"})
     offloaded = frozenset({"optimizer"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bench.strategies.precision import MASTER_MODES
 from bench.strategies.zero import Zero
 
 
@@ -10,6 +11,7 @@ class Zero2Cpu(Zero):
 
     name = "zero2_cpu"
     description = "ColossalAI LowLevelZero stage 2: gradients and optimizer states in shards, the states in host memory"
+    precisions = MASTER_MODES
     stage = 2
     sharded = frozenset({"gradients", "optimizer"})
     offloaded = frozenset({"optimizer"})

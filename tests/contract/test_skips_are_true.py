@@ -20,6 +20,7 @@ from bench.cell import Cell, Precision, cell_from_json, cell_to_json
 from bench.models.build import build_policy
 from bench.record import Part, load_part
 from bench.strategies.base import all_strategies
+from bench.strategies.training_state import innermost
 from bench.worker import run_rank
 from tests.contract.rank_harness import NoAnswer, run_ranks
 from tests.contract.strategy_work import make_engine, trial_of
@@ -109,11 +110,22 @@ def whole_parameters(cell: Cell) -> tuple[int, int]:
     return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters()), whole
 
 
+def updates_in_place(cell: Cell) -> bool:
+    """Whether the optimizer updates the memory of the model's own parameters, so that nothing lies anywhere else."""
+    _, engine, module = make_engine(cell)
+    own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    updated = [parameter for group in innermost(engine._optimizer).param_groups for parameter in group["params"]]
+    return bool(updated) and all(parameter.untyped_storage().data_ptr() in own for parameter in updated)
+
+
 @pytest.mark.parametrize(("strategy", "about"), list(refusals()))
 def test_what_is_called_unsupported_fails_as_stated(strategy: str, about: str, tmp_path: Path) -> None:
     cell, reason = refusals()[strategy, about]
     if "splits no model" in reason:
         assert all(own >= whole for own, whole in run_ranks(whole_parameters, cell.world_size, cell))
+        return
+    if "moves masters only" in reason:
+        assert all(run_ranks(updates_in_place, cell.world_size, cell))
         return
     parts = tried(cell, tmp_path / "refused")
     said = " ".join(part.reason or "" for part in parts)

@@ -36,7 +36,8 @@ def run(root: Path, stage: str, **changes) -> Part:
     cell = tiny_cell(stage, **{**SIZES[stage], "held_out_rows": 12, "device": "cuda", "launcher": "torchrun", **changes})
     trial = tiny_trial(cell, root / cell.cell_id)
     save_trial(trial, root / cell.cell_id / "trial.json")
-    environment = {**os.environ, "PYTHONWARNINGS": "default"}
+    of_this_process = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in of_this_process} | {"PYTHONWARNINGS": "default"}
     line = [sys.executable, "-m", "bench.worker", str(root / cell.cell_id / "trial.json")]
     done = subprocess.run(line, check=False, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
