@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from bench.measure.evidence.walk import NOTHING, Amount, Slot, amount, local, state_tensors, storages, walk
 from bench.measure.flops import WEIGHT_BYTES
 
+SCALES = ("SCB", "CB", "quant_state")
+"""Where bitsandbytes keeps the scales of 8- and 4-bit weights: attributes of the parameters. They are fp32, but no masters."""
+
 
 class Engine(Protocol):
     """What evidence needs of an engine (`bench.strategies.base.Engine`)."""
@@ -33,10 +36,7 @@ def has_masters(precision: str) -> bool:
 class Holdings:
     """Where the tensors of one engine lie, found once, right after it was prepared; what lies there is read anew each time."""
 
-    def __init__(self, engine: Engine, precision: str, device: torch.device, bare: nn.Module | None = None) -> None:
-        """`bare` is the module as it was given to the strategy: what hangs on it beside parameters (scales of 8- and 4-bit weights,
-        caches) is no master.
-        """
+    def __init__(self, engine: Engine, precision: str, device: torch.device) -> None:
         self._engine, self._device = engine, device
         self.names = dict(engine.module.named_parameters())
         found = walk(engine)
@@ -45,7 +45,8 @@ class Holdings:
         """Trainable parameters that lie elsewhere than the module's own, which are empty meanwhile: chunks, DeepSpeed's partitions."""
         self._frozen_shards = _partitions(self.names.values(), trainable=False)
         self.masters: list[Slot] = []
-        beside = [] if bare is None else [tensor for slot in walk(bare).slots if (tensor := slot.read()) is not None]
+        scales = [vars(parameter)[name] for parameter in self.names.values() for name in SCALES if name in vars(parameter)]
+        beside = [tensor for slot in walk(scales).slots if (tensor := slot.read()) is not None]
         self._sort(found.slots, beside, WEIGHT_BYTES[precision], has_masters(precision))
         stored = {tensor.dtype for tensor in self.own(trainable=True).values()}
         self.masters_are_parameters = has_masters(precision) and torch.float32 in stored

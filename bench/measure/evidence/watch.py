@@ -76,7 +76,7 @@ class Beside:
         config = getattr(module, "config", None)
         sizes = [(parameter.numel(), parameter.requires_grad) for parameter in module.parameters()]
         engine = self._strategy.prepare(module, cell, device, learning_rate=learning_rate)
-        self._watch.take(engine, module, config, sizes)
+        self._watch.take(engine, config, sizes)
         return engine
 
     def place_frozen(self, module: nn.Module, cell: Cell, device: torch.device) -> nn.Module:
@@ -105,10 +105,10 @@ class EvidenceWatch:
         dist.all_reduce(lacking, op=dist.ReduceOp.MAX)
         return bool(lacking)
 
-    def take(self, engine: Engine, bare: nn.Module, config: Any, sizes: Sequence[tuple[int, bool]]) -> None:
-        """Note a model that has just been prepared from `bare`; `sizes` are those of its parameters before, and whether they train."""
+    def take(self, engine: Engine, config: Any, sizes: Sequence[tuple[int, bool]]) -> None:
+        """Note a model that has just been prepared; `sizes` are those of its parameters before that, and whether they train."""
         role, network = self._role(config, frozen=False)
-        holdings = Holdings(engine, self._declared.precision, self._device, bare)
+        holdings = Holdings(engine, self._declared.precision, self._device)
         counts = [sum(size for size, trains in sizes if trains == wanted) for wanted in (True, False)]
         trace = ModelTrace(engine, holdings)
         self._models.append(
