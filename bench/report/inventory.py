@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from bench.cell import SETTINGS, Cell
+from bench.cell import SETTINGS, Cell, canonical_json, cell_from_json
 from bench.errors import RecordError, UserError
 from bench.matrix import Plan, load_plan
 from bench.record import Record, load_record
@@ -120,13 +122,19 @@ def _read_rows(records: Path, files: Iterable[Path], keep: Callable[[Row], Row])
     return rows, bad_files
 
 
+@lru_cache(maxsize=10_000)
+def _cell(text: str) -> Cell:
+    """The cell that `text` writes; the trials of one cell share it."""
+    return cell_from_json(json.loads(text))
+
+
 def _read_row(path: Path, name: str) -> Row | BadFile:
     try:
         record = load_record(path)
     except RecordError as error:
         return BadFile(name, str(error).replace(str(path), name))
     try:
-        return Row(record, record.parsed_cell, name)
+        return Row(record, _cell(canonical_json(record.cell)), name)
     except KeyError:
         return BadFile(name, f"not a record; unknown stage: {record.cell.get('stage')!r}")
     except ValidationError as error:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,8 +21,7 @@ PUBLISHABLE = {"sft": (30, 60.0), "rm": (30, 60.0), "ppo": (5, 120.0)}
 LARGEST_SLOPE_POINTS = 60
 
 
-@dataclass(frozen=True, slots=True)
-class JobLap:
+class JobLap(NamedTuple):
     """One lap over all ranks."""
 
     first_step: int
