@@ -34,6 +34,8 @@ def conditions(record: Record) -> dict[str, str]:
     """
     cell, facts = record.cell, record.lead.facts if record.lead else {}
     found = {"device": cell.get("device"), "device name": _device_name(record), "launcher": record.launcher}
+    if cell.get("device") == "cuda":
+        found |= _limits(record.provenance.get("machines") or [])
     found["image"] = _images(record.provenance.get("machines"))
     if cell.get("device") == "cuda":
         found["power limit"] = _power_limits(record.provenance.get("machines"))
@@ -88,6 +90,14 @@ def _power_limits(machines: Any) -> str | None:
     devices = [device for found in machines or [] for device in found.get("devices") or []]
     limits = sorted({float(device["power_limit_watts"]) for device in devices if device.get("power_limit_watts")})
     return ", ".join(f"{limit:.0f} W" for limit in limits) or None
+
+
+def _limits(machines: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """What an operator may have set on the devices of all nodes: power limit, application clock, ECC; as far as it is known."""
+    devices = [device for item in machines for device in item.get("devices") or []]
+    names = {"power limit, W": "power_limit_watts", "application clock, MHz": "application_sm_clock_megahertz", "ECC": "ecc"}
+    known = {name: {str(device[key]) for device in devices if device.get(key) is not None} for name, key in names.items()}
+    return {name: ", ".join(sorted(values)) for name, values in known.items() if values}
 
 
 def _software(packages: Any, origin: Any, device: str) -> dict[str, str]:
