@@ -178,6 +178,8 @@ class PpoSettings(Settings):
     frozen_placement: Literal["device", "host"] = "device"
     """Where reference policy and reward model lie: on the `device`, or in `host` memory, from where each layer visits the device while it
     computes (slow, and room for models larger than the device has left)."""
+    frozen_weights: Literal["stored", "int8"] = "stored"
+    """Linear layers of reference policy and reward model: as the precision mode stores them, or in 8 bits (LLM.int8, bitsandbytes)."""
     reward_model: Name = "trained"
     """`trained` (the RM stage's), `fresh-head` (untrained: timing only), or a checkpoint folder."""
 

@@ -130,6 +130,12 @@ class Strategy(ABC):
             return f"{self.name} cannot save its training state; `save_every: null` would be right"
         if _frozen_in_host(cell) and "frozen" in self.sharded:
             return f"{self.name} keeps frozen models in shards; `frozen_placement: device` would be right"
+        if _frozen_in_int8(cell) and "frozen" in self.sharded:
+            return (
+                f"{self.name} keeps frozen models in shards, which int8 with its scales is not cut into; `frozen_weights: stored` is right"
+            )
+        if _frozen_in_int8(cell) and _frozen_in_host(cell):
+            return "frozen models are in int8 on the device, or visit it from host memory; `frozen_placement: device` would be right"
         return None
 
     def missing(self) -> str | None:
@@ -159,10 +165,15 @@ class Strategy(ABC):
     def place_frozen(self, module: nn.Module, cell: Cell, device: torch.device) -> nn.Module:
         """Put a model that is only read (reference policy, reward model) on the device, in the precision's storage type."""
         from bench.strategies.precision import frozen_copy
+        from bench.strategies.quantised import quantised_copy
         from bench.strategies.visiting import visiting_copy
 
-        make = visiting_copy if _frozen_in_host(cell) else frozen_copy
+        make = visiting_copy if _frozen_in_host(cell) else quantised_copy if _frozen_in_int8(cell) else frozen_copy
         return make(module, cell.settings.precision, device)
+
+
+def _frozen_in_int8(cell: Cell) -> bool:
+    return getattr(cell.settings, "frozen_weights", "stored") == "int8"
 
 
 def _frozen_in_host(cell: Cell) -> bool:
