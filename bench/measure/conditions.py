@@ -34,11 +34,9 @@ def conditions(record: Record) -> dict[str, str]:
     """
     cell, facts = record.cell, record.lead.facts if record.lead else {}
     found = {"device": cell.get("device"), "device name": _device_name(record), "launcher": record.launcher}
-    if cell.get("device") == "cuda":
-        found |= _limits(record.provenance.get("machines") or [])
     found["image"] = _images(record.provenance.get("machines"))
     if cell.get("device") == "cuda":
-        found["power limit"] = _power_limits(record.provenance.get("machines"))
+        found |= {"power limit": _power_limits(record.provenance.get("machines")), **_settings(record.provenance.get("machines"))}
     found["precision"] = facts.get("precision") or cell.get("precision")
     found |= _software(record.provenance.get("versions"), record.provenance.get("source"), str(cell.get("device")))
     roles = {cell.get("data"): "data", cell.get("ptx"): "ptx data", "tokenizer": "tokenizer"}
@@ -52,7 +50,7 @@ def conditions_here(device: str) -> dict[str, str]:
     names = {str(found["name"]) for found in machine()["devices"]} if device == "cuda" else {machine()["cpu"]}
     found = {"device name": ", ".join(sorted(filter(None, names))) or "none", "image": _images([machine()])}
     if device == "cuda":
-        found["power limit"] = _power_limits([machine()])
+        found |= {"power limit": _power_limits([machine()]), **_settings([machine()])}
     return here | {name: value for name, value in found.items() if value is not None}
 
 
@@ -92,10 +90,10 @@ def _power_limits(machines: Any) -> str | None:
     return ", ".join(f"{limit:.0f} W" for limit in limits) or None
 
 
-def _limits(machines: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """What an operator may have set on the devices of all nodes: power limit, application clock, ECC; as far as it is known."""
-    devices = [device for item in machines for device in item.get("devices") or []]
-    names = {"power limit, W": "power_limit_watts", "application clock, MHz": "application_sm_clock_megahertz", "ECC": "ecc"}
+def _settings(machines: Any) -> dict[str, str]:
+    """What else an operator may have set on the devices of all nodes, as far as it is known: application clock, error correction."""
+    devices = [device for found in machines or [] for device in found.get("devices") or []]
+    names = {"application clock, MHz": "application_sm_clock_megahertz", "ECC": "ecc"}
     known = {name: {str(device[key]) for device in devices if device.get(key) is not None} for name, key in names.items()}
     return {name: ", ".join(sorted(values)) for name, values in known.items() if values}
 

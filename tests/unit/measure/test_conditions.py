@@ -24,7 +24,7 @@ def record(device: str, *cards: dict[str, Any]) -> Record:
 
 def test_a_lowered_power_limit_is_a_difference():
     before, now = (conditions(record("cuda", CARD | change)) for change in ({}, {"power_limit_watts": 500.0}))
-    assert differences([before], [now]) == [Difference("power limit, W", "700.0", "500.0")]
+    assert differences([before], [now]) == [Difference("power limit", "700 W", "500 W")]
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_so_are_locked_clocks_and_error_correction(key, value, name):
 
 
 def test_every_limit_among_the_devices_counts():
-    assert conditions(record("cuda", CARD, CARD | {"power_limit_watts": 500.0}))["power limit, W"] == "500.0, 700.0"
+    assert conditions(record("cuda", CARD, CARD | {"power_limit_watts": 500.0}))["power limit"] == "500 W, 700 W"
 
 
 def test_what_a_driver_does_not_tell_is_no_difference():
@@ -45,11 +45,12 @@ def test_what_a_driver_does_not_tell_is_no_difference():
 
 
 def test_devices_of_a_machine_do_not_matter_to_a_trial_on_its_cpu():
-    assert "power limit, W" not in conditions(record("cpu", CARD))
+    assert "power limit" not in conditions(record("cpu", CARD))
 
 
 def test_the_present_machine_is_described_in_the_same_words(monkeypatch):
     monkeypatch.setattr(module, "machine", lambda: {"cpu": "a CPU", "devices": [CARD]})
     here, there = conditions_here("cuda"), conditions(record("cuda", CARD))
-    assert here["power limit, W"] == there["power limit, W"] == "700.0"
-    assert "power limit, W" not in conditions_here("cpu")
+    shared = ("power limit", "application clock, MHz", "ECC")
+    assert [here[name] for name in shared] == [there[name] for name in shared] == ["700 W", "1980", "True"]
+    assert "power limit" not in conditions_here("cpu")
