@@ -19,5 +19,6 @@ rule block:
         LAYOUT.block("{block}"),
     resources:
         device=1,
+        **TARGETS.block_resources(),
     shell:
         "coati-bench block {output:q}"

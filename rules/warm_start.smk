@@ -9,5 +9,6 @@ rule warm:
         LAYOUT.warm("{warm}") / "done.json",
     resources:
         device=1,
+        **TARGETS.warm_resources(),
     shell:
         "coati-bench warm {output:q}"

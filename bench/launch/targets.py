@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from bench.cell import Cell, canonical_json, cell_to_json
 from bench.container.images import images
 from bench.data.sources import resolve
 from bench.errors import UserError
+from bench.launch.allocation import Allocation, allocation, host_bytes
 from bench.layout import Layout
 from bench.matrix import cell_data, load_plan
 
@@ -64,6 +67,20 @@ class Targets:
         images = self._images(self.plan.cells[cell_id] for cell_id in block.cells)
         return paths + self._done(begun) + [self.layout.block(earlier) for earlier in block.after] + images
 
+    def block_resources(self) -> dict[str, Callable[[Any], int | str]]:
+        """What a block asks of a scheduler: resource -> function of the rule's wildcards."""
+        found = {
+            key: allocation([self.plan.cells[cell_id] for cell_id in block.cells], self.plan.limits) for key, block in self.blocks.items()
+        }
+        return {name: _resource(found, "block", name) for name in Allocation._fields}
+
+    def warm_resources(self) -> dict[str, Callable[[Any], int | str]]:
+        """What a warm start asks of a scheduler; a tokenizer needs what the smallest trial does."""
+        smallest = min(self.plan.cells.values(), key=host_bytes)
+        alone = dataclasses.replace(smallest, nodes=1, processes_per_node=1)
+        found = {key: allocation([warm.cell or alone], self.plan.limits) for key, warm in self.warm.items()}
+        return {name: _resource(found, "warm", name) for name in Allocation._fields}
+
     def all_blocks(self) -> list[Path]:
         """What the report is made from."""
         return [self.layout.block(block_id) for block_id in self.blocks]
@@ -74,6 +91,10 @@ class Targets:
 
     def _done(self, keys: Iterable[str]) -> list[Path]:
         return [self.layout.warm(key) / "done.json" for key in keys]
+
+
+def _resource(found: dict[str, Allocation], wildcard: str, name: str) -> Callable[[Any], int | str]:
+    return lambda wildcards: getattr(found[getattr(wildcards, wildcard)], name)
 
 
 def _any_of(names: Iterable[str]) -> str:

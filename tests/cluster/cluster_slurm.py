@@ -1,0 +1,161 @@
+"""A real Slurm on such hosts: its own munged, slurmctld on the host with the bridge, a slurmd on each compute host."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Self
+
+from cluster_hosts import BRIDGE_HOST, Hosts, end
+
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "munged")
+PACKAGES = ("slurm-wlm", "munge")
+CORES, MEGABYTES = 8, 30000
+"""Of each host, as Slurm is told; nothing is enforced."""
+
+CONFIGURATION = """\
+ClusterName=cbn
+SlurmctldHost={controller}({address})
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+CredType=cred/munge
+MpiDefault=none
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core_Memory
+AccountingStorageType=accounting_storage/none
+JobAcctGatherType=jobacct_gather/none
+MinJobAge=3600
+ReturnToService=2
+KillWait=5
+SlurmdTimeout={slurmd_timeout}
+SlurmctldTimeout=60
+MessageTimeout=20
+InactiveLimit=0
+SchedulerParameters=sched_interval=2,batch_sched_delay=0
+SlurmdParameters=config_overrides
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdPidFile={folder}/slurmd.%n.pid
+SlurmdLogFile={folder}/slurmd.%n.log
+SlurmdSpoolDir={folder}/spool.%n
+StateSaveLocation={folder}/state
+{nodes}
+PartitionName=cbn Nodes=ALL Default=YES MaxTime=60 State=UP PreemptMode=OFF
+"""
+
+
+def install() -> str | None:
+    """Have Slurm installed from the distribution's packages if it is missing; return why it is not there, or None."""
+    if all(map(shutil.which, PROGRAMS)):
+        return None
+    if os.geteuid() != 0 or shutil.which("apt-get") is None:
+        return "Slurm is not installed, and only root with apt can install it here"
+    command = f"apt-get update -qq; apt-get install -y -qq --no-install-recommends {' '.join(PACKAGES)}"
+    done = subprocess.run(
+        ["sh", "-c", command], capture_output=True, text=True, check=False, env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    )
+    return None if all(map(shutil.which, PROGRAMS)) else f"Slurm cannot be installed here: {done.stderr.strip()[-300:]}"
+
+
+class Slurm:
+    """A cluster of `count` compute hosts, up while the context lasts; `folder` holds its state and logs."""
+
+    def __init__(self, folder: Path, count: int = 3, *, slurmd_timeout: int = 300) -> None:
+        self.folder, self._timeout = folder, slurmd_timeout
+        self._daemons: list[subprocess.Popen[bytes]] = []
+        self._controller: subprocess.Popen[bytes] | None = None
+        etc = folder / "etc"
+        etc.mkdir(parents=True)
+        (folder / "state").mkdir()
+        self.hosts = Hosts(count, {"slurm": etc})
+        (etc / "slurm.conf").write_text(self._configuration())
+
+    def _configuration(self) -> str:
+        nodes = [f"NodeName={name} NodeAddr={self.hosts.address(name)} CPUs={CORES} RealMemory={MEGABYTES}" for name in self.hosts.names]
+        return CONFIGURATION.format(
+            controller=BRIDGE_HOST,
+            address=self.hosts.address(BRIDGE_HOST),
+            folder=self.folder,
+            slurmd_timeout=self._timeout,
+            nodes="\n".join(nodes),
+        )
+
+    def __enter__(self) -> Self:
+        self.hosts.__enter__()
+        try:
+            self._start_munge()
+            self.start_controller()
+            for name in self.hosts.names:
+                self._daemons.append(self.hosts.popen(name, "slurmd", "-D", "-N", name, log=self.folder / f"slurmd-{name}.out"))
+            self._await_idle(60)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.hosts.run(BRIDGE_HOST, "scancel", "--user=root")
+        daemons = [*self._daemons, *([self._controller] if self._controller else [])]
+        end(daemon.pid for daemon in daemons if daemon.poll() is None)
+        self.hosts.__exit__()
+        for daemon in daemons:
+            daemon.wait()
+
+    def _start_munge(self) -> None:
+        key = self.folder / "munge.key"
+        key.write_bytes(os.urandom(1024))
+        key.chmod(0o400)
+        self.folder.chmod(0o755)
+        options = {"key-file": key, "socket": self.folder / "munge.socket", "pid-file": self.folder / "munge.pid",
+                   "log-file": self.folder / "munge.log", "seed-file": self.folder / "munge.seed"}  # fmt: skip
+        command = ["munged", "--foreground", "--force", *(f"--{name}={path}" for name, path in options.items())]
+        with (self.folder / "munged.out").open("ab") as log:
+            self._daemons.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True))
+        _wait_for((self.folder / "munge.socket").exists, 20, "munged did not start")
+
+    def start_controller(self) -> None:
+        """Start slurmctld, which goes on from its saved state."""
+        self._controller = self.hosts.popen(BRIDGE_HOST, "slurmctld", "-D", log=self.folder / "slurmctld.out")
+
+    def stop_controller(self) -> None:
+        """End slurmctld; jobs go on."""
+        assert self._controller is not None
+        end([self._controller.pid])
+        self._controller.wait()
+
+    def login(self, *command: str, seconds: float = 60.0, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        """Run a command on the login node, which is where slurmctld runs."""
+        return self.hosts.run(BRIDGE_HOST, *command, seconds=seconds, env=env)
+
+    def jobs(self, states: str = "PENDING,RUNNING,COMPLETING") -> list[str]:
+        """Jobs in one of these states."""
+        return self.login("squeue", "-h", "-t", states, "-o", "%i").stdout.split()
+
+    def await_quiet(self, seconds: float) -> None:
+        """Wait until no job runs and every node is idle."""
+        _wait_for(lambda: not self.jobs(), seconds, "jobs are left")
+        self._await_idle(seconds)
+
+    def _await_idle(self, seconds: float) -> None:
+        def idle() -> bool:
+            states = self.login("sinfo", "-h", "-N", "-o", "%N %t").stdout.split()
+            return states == [word for name in self.hosts.names for word in (name, "idle")]
+
+        _wait_for(idle, seconds, "nodes are not idle", self.folder / "slurmctld.log")
+
+
+def _wait_for(condition: object, seconds: float, problem: str, log: Path | None = None) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        if time.monotonic() > deadline:
+            text = log.read_text(errors="replace")[-2000:] if log and log.exists() else ""
+            raise AssertionError(f"{problem} after {seconds:g} s\n{text}")
+        time.sleep(0.3)

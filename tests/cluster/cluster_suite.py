@@ -1,0 +1,132 @@
+"""Small suites and `coati-bench` on the hosts of a simulated cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cluster_hosts import BRIDGE_HOST, end
+from cluster_slurm import Slurm
+
+from bench.layout import Layout
+from bench.matrix import load_plan
+from bench.record import Record, load_record
+
+PROGRAM = str(Path(sys.executable).with_name("coati-bench"))
+
+SUITE = """
+suite: small
+axes: {{stage: [sft], model: [bloom-tiny], {axes}}}
+settings: {{device: cpu, precision: fp32, tokenizer_vocabulary: 1024, warm_start: none}}
+stages:
+  sft:
+    {{data: synthetic-instruct, steps: {steps}, lap_steps: {lap}, micro_batch: 1, global_batch: 6, sequence_length: 128, learning_rate: 1e-2}}
+limits: {{timeout_seconds: {timeout}, heartbeat_seconds: {heartbeat}}}
+"""
+
+
+class Bench:
+    """One suite in a folder that all hosts share."""
+
+    def __init__(self, slurm: Slurm, folder: Path, cache: Path) -> None:
+        self.slurm, self.folder, self.suite = slurm, folder, folder / "small.yaml"
+        self.layout = Layout(folder / "results" / "small")
+        self.environment = {**os.environ, "OMP_NUM_THREADS": "1", "COATI_BENCH_CACHE": str(cache)}
+        self._started: list[subprocess.Popen[bytes]] = []
+
+    def plan(self, axes: str, *, steps: int = 4, lap: int = 2, timeout: float = 300, heartbeat: float = 120) -> None:
+        """Write the suite and its plan."""
+        self.suite.write_text(SUITE.format(axes=axes, steps=steps, lap=lap, timeout=timeout, heartbeat=heartbeat))
+        self.call("plan", str(self.suite), "--write", "--results", str(self.layout.root.parent))
+
+    def prepare(self) -> None:
+        """Make what trials begin from, by the lines that `plan --commands` prints."""
+        text = self.call("plan", str(self.suite), "--commands", "--results", str(self.layout.root.parent)).stdout
+        for line in text.splitlines():
+            if line.startswith(("coati-bench data ", "coati-bench warm ")):
+                self.call(*line.split()[1:])
+
+    def call(self, *arguments: str, seconds: float = 120.0) -> subprocess.CompletedProcess[str]:
+        """Run `coati-bench` on the login node."""
+        done = self.slurm.login("env", "-C", str(self.folder), PROGRAM, *arguments, seconds=seconds, env=self.environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    def start(self, host: str, *arguments: str, log: str = "run.log") -> subprocess.Popen[bytes]:
+        """Start `coati-bench` on a host."""
+        process = self.slurm.hosts.popen(
+            host, "env", "-C", str(self.folder), PROGRAM, *arguments, log=self.folder / log, env=self.environment
+        )
+        self._started.append(process)
+        return process
+
+    def run(self) -> subprocess.Popen[bytes]:
+        """Start the suite through Snakemake and Slurm."""
+        return self.start(BRIDGE_HOST, "run", str(self.suite), "--profile", "slurm", "--results", str(self.layout.root.parent))
+
+    def submit(self, block: str, nodes: int, *options: str) -> str:
+        """Submit one block by hand; return the job's number."""
+        line = f"exec {PROGRAM} block {self.layout.block(block)}"
+        sized = ["--nodes", str(nodes), "--ntasks", str(nodes), "--output", str(self.folder / "block.log"), *options]
+        done = self.slurm.login("sbatch", "--parsable", "--chdir", str(self.folder), *sized, "--wrap", line, env=self.environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def the_cell(self) -> str:
+        """The only cell."""
+        (cell_id,) = load_plan(self.layout.plan).cells
+        return cell_id
+
+    def the_block(self) -> str:
+        """The only block."""
+        (block,) = load_plan(self.layout.plan).blocks
+        return block.block_id
+
+    def record(self, seconds: float) -> Record:
+        """The record of the only cell, waited for."""
+        path = self.layout.record(self.the_cell(), 0)
+        wait_until(path.exists, seconds, self.said)
+        return load_record(path)
+
+    def records(self) -> list[Record]:
+        """All records."""
+        return [load_record(path) for path in sorted(self.layout.records.glob("*/*.json"))]
+
+    def await_step(self, rank: int, seconds: float = 180) -> None:
+        """Wait until a rank of the only cell has finished a step."""
+        heartbeat = self.layout.logs(self.the_cell(), 0) / f"heartbeat{rank}.json"
+        wait_until(lambda: _read(heartbeat).get("step", 0) > 0, seconds, self.said)
+
+    def said(self) -> str:
+        """The last words of everything that was started."""
+        logs = [*self.folder.glob("*.log"), *self.layout.root.glob("logs/**/*.log")]
+        return "\n".join(f"== {path}\n{path.read_text(errors='replace')[-1500:]}" for path in logs)
+
+    def leave(self) -> None:
+        """End what still runs."""
+        end(process.pid for process in self._started if process.poll() is None)
+        for process in self._started:
+            process.wait()
+        self.slurm.login("scancel", "--user=root")
+        self.slurm.await_quiet(120)
+
+
+def wait_until(condition: Callable[[], Any], seconds: float, said: Callable[[], str]) -> None:
+    """Wait for a condition, or fail with what was said."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds:g} s\n{said()}"
+        time.sleep(0.3)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
