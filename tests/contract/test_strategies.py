@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -39,6 +40,11 @@ def test_a_strategy_says_what_it_is_and_offers(strategy: str) -> None:
     assert kind.description
     assert kind.precisions
     assert kind.precisions <= set(get_args(Precision))
+
+
+def test_every_strategy_has_a_line_in_the_documentation() -> None:
+    lines = (Path(__file__).parents[2] / "docs" / "strategies.md").read_text(encoding="utf-8").splitlines()
+    assert {line.split("`")[1] for line in lines if line.startswith("| `")} == set(all_strategies())
 
 
 @every_strategy

@@ -22,6 +22,12 @@ def defaults_of(kind: type) -> dict[str, object]:
     return {field.name: list(field.default) if isinstance(field.default, tuple) else field.default for field in dataclasses.fields(kind)}
 
 
+FLAT_SPLIT = {
+    "stage": "sft", "model": "bloom-tiny", "strategy": "hybrid", "processes_per_node": 8, "steps": 1, "global_batch": 16, "micro_batch": 2,
+    "tensor_parallel": 2, "pipeline_parallel": 2,
+}  # fmt: skip
+
+
 def test_a_cell_survives_the_round_trip_through_json() -> None:
     cell = cell_from_json(SFT)
     assert cell_from_json(json.loads(json.dumps(cell_to_json(cell)))) == cell
@@ -99,6 +105,12 @@ def test_accumulation_fills_the_global_batch() -> None:
     assert cell_from_json(SFT).accumulation == 2
     weak = cell_from_json({**SFT, "scaling": "weak"})
     assert (weak.step_batch, weak.accumulation) == (16, 4)
+
+
+def test_ranks_that_hold_one_model_between_them_count_once_in_batches() -> None:
+    split = cell_from_json({**FLAT_SPLIT, "scaling": "weak"})
+    assert (split.world_size, split.model_parallel_size, split.data_parallel_size) == (8, 4, 2)
+    assert (split.step_batch, split.accumulation) == (32, 8)
 
 
 def test_lora_alpha_is_twice_the_rank_unless_given_and_one_under_the_old_semantics() -> None:

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from bench.errors import SuiteError
-from bench.matrix import Plan, expand, known_names, load_plan, make_plan, save_plan
+from bench.matrix import Plan, expand, impossible, known_names, load_plan, make_plan, save_plan
 from bench.suite import check_suite
+from tests.trials import tiny_cell
 
 ROOT = Path(__file__).parents[2]
 STAGES = {"sft": {"steps": 10}, "rm": {"steps": 10}, "ppo": {"prompts_per_iteration": 16, "global_batch": 16}}
@@ -52,6 +53,19 @@ def test_naive_on_two_ranks_is_skipped_with_the_reason() -> None:
 def test_a_batch_that_ranks_cannot_share_is_skipped_with_the_numbers() -> None:
     plan = plan_of(axes=axes(strategy=["ddp"], nodes=[1, 3]))
     assert [item.reason for item in plan.skipped] == ["global batch 8 is no multiple of micro_batch x ranks = 1 x 3 = 3"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"processes_per_node": 3}, "3 ranks are no multiple of tensor_parallel x pipeline_parallel = 2 x 1 = 2"),
+        ({"processes_per_node": 6}, "global batch 8 is no multiple of micro_batch x data-parallel ranks = 1 x 3 = 3"),
+        ({"processes_per_node": 4}, None),
+    ],
+)
+def test_batches_divide_over_data_parallel_ranks(changes: dict[str, int], reason: str | None) -> None:
+    cell = tiny_cell("sft", strategy="hybrid", tensor_parallel=2, global_batch=8, micro_batch=1, steps=1, **changes)
+    assert impossible(cell) == reason
 
 
 def test_a_block_holds_all_strategies_of_one_stage_and_shape_in_an_order_that_is_kept() -> None:

@@ -143,3 +143,11 @@ def test_a_scorer_of_torch_has_the_parameters_of_the_theory():
         scorer = Scorer(AutoModelForCausalLM.from_config(AutoConfig.for_model(preset.model_type, **preset.config)).base_model)
         network = networks(cell("rm", model=name), shape_of(name))["reward"]
         assert sum(parameter.numel() for parameter in scorer.parameters()) == network.parameters
+
+
+def test_ranks_that_split_a_model_hold_equal_parts_of_what_trains():
+    whole = needs(cell("ppo"))
+    split = needs(cell("ppo", strategy="hybrid", processes_per_node=4, tensor_parallel=2))
+    assert split.optimizer_bytes == pytest.approx(whole.optimizer_bytes / 2, rel=1e-6)
+    assert split.gradient_bytes == pytest.approx(whole.gradient_bytes / 2, rel=1e-6)
+    assert split.weight_bytes == pytest.approx(whole.weight_bytes * 3 / 4, rel=1e-2)  # reference and reward model stay whole
