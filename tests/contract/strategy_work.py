@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from bench.cell import Cell, cell_from_json
 from bench.matrix import impossible
 from bench.models.build import add_lora, build_policy, build_scorer
+from bench.rollout.head import HeadWindow
 from bench.strategies.base import Engine, PipelinedEngine, Strategy, all_strategies
 from bench.strategies.colossal import import_colossalai
 from bench.trial import Trial, make_trial
@@ -322,6 +323,17 @@ def overflow(cell: Cell) -> dict[str, Any]:
     second = one_step(engine, cell)
     after = engine.full_state()
     return {"norm": first, "moved": moved(before, between), "next": second, "moved_next": moved(before, after)}
+
+
+def windowed(cell: Cell) -> list[int]:
+    """Shape of the logits inside a window of two positions."""
+    module = build_policy(trial_of(cell))
+    window = HeadWindow(module)
+    _, engine, _ = make_engine(cell, module)
+    ids_BT = batch_BT(cell, 0)
+    with window.positions(slice(-2, None)):
+        logits = engine.module(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT)).logits
+    return list(logits.shape)
 
 
 def without_colossalai(cell: Cell) -> float:

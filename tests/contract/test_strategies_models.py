@@ -20,8 +20,10 @@ from tests.contract.strategy_work import (
     tolerance,
     trained,
     two_engines,
+    windowed,
     without_colossalai,
 )
+from tests.contract.test_resume import stop_and_go_on
 
 
 @at_its_widest
@@ -49,6 +51,20 @@ def test_generation_with_a_cache_is_that_without(variant: str, ranks: int, model
         assert rank["difference"] < (1e-4 if precision == "fp32" else 0.05)
         assert rank["same"] or precision != "fp32"
         assert math.isfinite(rank["loss"])
+
+
+@at_its_widest
+def test_the_head_computes_the_positions_that_are_asked_for_only(variant: str, ranks: int) -> None:
+    cell = supported(variant, ranks, precision=comparable(variant))
+    if cell.settings.pipeline_parallel > 1:
+        pytest.skip("a pipeline computes all logits")
+    assert run_ranks(windowed, ranks, cell)[0][:2] == [4, 2]
+
+
+@pytest.mark.parametrize(("variant", "lora_rank"), [("hybrid-tensor2", 0), ("hybrid-pipeline2", 0), ("hybrid-pipeline2", 4)])
+def test_a_split_model_goes_on_exactly_where_it_was_saved(variant: str, lora_rank: int) -> None:
+    for goes_on, again in run_ranks(stop_and_go_on, 2, supported(variant, 2, lora_rank=lora_rank)):
+        assert again == goes_on
 
 
 @at_its_widest
