@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 SHELL := /bin/bash
 
-.PHONY: help install install-deepspeed install-fabric install-slurm quickstart test lint reference clean
+.PHONY: help install install-deepspeed install-fabric install-slurm quickstart container-quickstart test lint reference clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -28,6 +28,10 @@ quickstart: install ## three stages x four strategies x LoRA x nodes on the CPU,
 reference: install ## the three reference commands, BLOOM-560m: needs a CUDA device
 	@echo "coati-bench run config/reference/bloom-560m.yaml"
 	@$(VENV)/bin/coati-bench run config/reference/bloom-560m.yaml
+
+container-quickstart: install ## the quick start inside the cpu image: builds it (minutes), needs mmdebstrap, buildah and Apptainer
+	@echo "coati-bench run config/quickstart.yaml --container cpu"
+	@$(VENV)/bin/coati-bench run config/quickstart.yaml --container cpu
 
 lint: install ## ruff, formatting, import contracts, types
 	$(VENV)/bin/ruff check .
