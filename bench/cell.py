@@ -80,6 +80,8 @@ class Settings:
     """Largest gradient norm; null does not clip."""
     lora_alpha: Positive | None = None
     """LoRA alpha; null is 2 x rank. The scaling is alpha / rank."""
+    base_weights: Literal["stored", "int8", "nf4"] = "stored"
+    """Linear layers under LoRA: as the precision mode stores them, or in 8 (LLM.int8) or 4 bits (NF4), by bitsandbytes."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     tensor_parallel: Count = 1

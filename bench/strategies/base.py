@@ -115,6 +115,8 @@ class Strategy(ABC):
     """Packages and versions without which no cell can run."""
     model_parallel: ClassVar[bool] = False
     """Whether it splits one model over ranks that see the same sequences (settings `tensor_parallel`, `pipeline_parallel`)."""
+    quantises: ClassVar[bool] = False
+    """Whether the base under LoRA may be in 8 or 4 bits (setting `base_weights`)."""
     resumable: ClassVar[bool] = True
     """Whether its engines can save their training state and go on from it (setting `save_every`)."""
 
@@ -128,6 +130,8 @@ class Strategy(ABC):
             return f"{self.name} splits no model over ranks; tensor_parallel and pipeline_parallel are for hybrid"
         if cell.settings.save_every is not None and not self.resumable:
             return f"{self.name} cannot save its training state; `save_every: null` would be right"
+        if problem := self._small_base_problem(cell):
+            return problem
         if _frozen_in_host(cell) and "frozen" in self.sharded:
             return f"{self.name} keeps frozen models in shards; `frozen_placement: device` would be right"
         if _frozen_in_int8(cell) and "frozen" in self.sharded:
@@ -136,6 +140,14 @@ class Strategy(ABC):
             )
         if _frozen_in_int8(cell) and _frozen_in_host(cell):
             return "frozen models are in int8 on the device, or visit it from host memory; `frozen_placement: device` would be right"
+        return None
+
+    def _small_base_problem(self, cell: Cell) -> str | None:
+        kind = cell.settings.base_weights
+        if kind != "stored" and not self.quantises:
+            return f"{self.name} lays out no {kind} weights; `base_weights: stored` would be right"
+        if kind != "stored" and cell.lora_rank == 0:
+            return f"{kind} weights cannot train; a lora_rank above 0, or `base_weights: stored`, would be right"
         return None
 
     def missing(self) -> str | None:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from bench.cell import Cell
 from bench.strategies.base import Engine, Strategy
-from bench.strategies.precision import optimizer_problem, place
-from bench.strategies.replicated import ReplicatedEngine
+from bench.strategies.precision import optimizer_problem
+from bench.strategies.replicated import ReplicatedEngine, placed
 
 if TYPE_CHECKING:
     import torch
@@ -63,6 +63,7 @@ class Ddp(Strategy):
 
     name = "ddp"
     precisions = frozenset({"fp32", "bf16-pure", "bf16-master", "bf16-autocast", "fp16-master"})
+    quantises = True
     description = "torch DistributedDataParallel: model and optimizer whole on every rank"
 
     def unsupported(self, cell: Cell) -> str | None:
@@ -74,4 +75,4 @@ class Ddp(Strategy):
 
     def prepare(self, module: nn.Module, cell: Cell, device: torch.device, *, learning_rate: float) -> Engine:
         """See `Strategy.prepare`."""
-        return DdpEngine(place(module, cell.settings.precision, device), cell, device, learning_rate=learning_rate)
+        return DdpEngine(placed(module, cell, device), cell, device, learning_rate=learning_rate)

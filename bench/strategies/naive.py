@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from bench.cell import Cell
 from bench.strategies.base import Engine, Strategy
-from bench.strategies.precision import optimizer_problem, place
-from bench.strategies.replicated import ReplicatedEngine
+from bench.strategies.precision import optimizer_problem
+from bench.strategies.replicated import ReplicatedEngine, placed
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +19,7 @@ class Naive(Strategy):
 
     name = "naive"
     precisions = frozenset({"fp32", "bf16-pure", "bf16-master", "bf16-autocast", "fp16-master"})
+    quantises = True
     description = "plain torch on one device"
 
     def unsupported(self, cell: Cell) -> str | None:
@@ -32,4 +33,4 @@ class Naive(Strategy):
 
     def prepare(self, module: nn.Module, cell: Cell, device: torch.device, *, learning_rate: float) -> Engine:
         """See `Strategy.prepare`."""
-        return ReplicatedEngine(place(module, cell.settings.precision, device), cell, learning_rate=learning_rate)
+        return ReplicatedEngine(placed(module, cell, device), cell, learning_rate=learning_rate)

@@ -1,4 +1,4 @@
-"""Frozen models in 8 bits: what lies in int8, how near the outputs stay, and PPO with them."""
+"""Weights that never train in 8 or 4 bits: what lies how, how near outputs and losses stay, PPO's frozen models, the base under LoRA."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from bench.models.build import build_policy, build_scorer
 from bench.strategies.base import all_strategies
 from bench.strategies.precision import frozen_copy
 from bench.strategies.quantised import quantised_copy
-from tests.contract.strategy_work import make_cell, trial_of
+from tests.contract.rank_harness import run_ranks
+from tests.contract.strategy_work import make_cell, make_engine, one_step, train, trial_of
 from tests.trials import only, run_forked, tiny_cell, tiny_trial
 
 CPU = torch.device("cpu")
@@ -76,3 +77,60 @@ def test_what_shards_frozen_models_or_keeps_them_in_host_memory_is_skipped_with_
     assert "`frozen_weights: stored`" in str(all_strategies()["fsdp"].unsupported(cell))
     cell = tiny_cell("ppo", strategy="ddp", frozen_weights="int8", frozen_placement="host")
     assert "`frozen_placement: device`" in str(all_strategies()["ddp"].unsupported(cell))
+
+
+# -- the base under LoRA ---------------------------------------------------------------------------------------------
+
+
+def small_base(strategy: str, ranks: int, kind: str, **changes):
+    return make_cell(strategy, ranks, base_weights=kind, **{"lora_rank": 8, "micro_batch": 4, **changes})
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16-master"])
+@pytest.mark.parametrize(("kind", "error"), [("int8", 0.01), ("nf4", 0.03)])
+@pytest.mark.parametrize("model", ["bloom-tiny", "gpt2-tiny"])
+def test_lora_learns_on_a_small_base_and_only_adapters_move(model: str, kind: str, error: float, precision: str) -> None:
+    seen = run_ranks(train, 1, small_base("naive", 1, kind, precision=precision, model=model), 5)[0]
+    stored = run_ranks(train, 1, small_base("naive", 1, "stored", precision=precision, model=model), 5)[0]
+    assert seen["losses"][0] == pytest.approx(stored["losses"][0], rel=error)
+    assert seen["losses"] != stored["losses"]
+    assert seen["losses"][-1] < seen["losses"][0] - 0.0005
+    assert seen["moved"].keys() == stored["moved"].keys()
+    assert {name for name, change in seen["moved"].items() if change} == {name for name in seen["moved"] if "lora_" in name}
+    assert seen["dtypes"] == stored["dtypes"]
+    assert seen["summary"] == {name: pytest.approx(norm, rel=0.05, abs=0.05) for name, norm in stored["summary"].items()}
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_two_ranks_of_ddp_on_a_small_base_are_one_of_naive(kind: str) -> None:
+    two, one = (run_ranks(train, ranks, small_base(name, ranks, kind), 4)[0] for name, ranks in (("ddp", 2), ("naive", 1)))
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-3)
+
+
+def layer_types(cell) -> dict[str, str]:
+    _, engine, module = make_engine(cell)
+    one_step(engine, cell)
+    return {name: str(parameter.dtype) for name, parameter in module.named_parameters()}
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("int8", "torch.int8"), ("nf4", "torch.uint8")])
+def test_layers_under_adapters_are_small_and_adapters_are_not(kind: str, dtype: str) -> None:
+    types = run_ranks(layer_types, 1, small_base("naive", 1, kind, precision="bf16-master"))[0]
+    assert {types[name] for name in types if name.endswith("base_layer.weight")} == {dtype}
+    assert {types[name] for name in types if "lora_" in name or "embeddings" in name} == {"torch.bfloat16"}
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_trial_on_a_small_base_trains_saves_and_has_its_evidence(kind: str, tmp_path) -> None:
+    cell = tiny_cell("sft", lora_rank=8, base_weights=kind, steps=4, sequence_length=64, learning_rate=1e-2, held_out_rows=8)
+    part = only(run_forked(tiny_trial(cell, tmp_path / "trial", save=True)))
+    assert part.series["loss"][-1] < part.series["loss"][0]
+    assert [check.text for check in part.evidence.checks if check.state == "refuted"] == []
+    assert (tmp_path / "trial" / "weights" / "model.safetensors").exists()
+
+
+def test_a_small_base_is_for_lora_and_for_strategies_that_lay_it_out() -> None:
+    of = all_strategies()
+    assert "cannot train" in str(of["naive"].unsupported(small_base("naive", 1, "int8", lora_rank=0)))
+    assert "`base_weights: stored`" in str(of["fsdp"].unsupported(small_base("fsdp", 2, "nf4")))
+    assert of["ddp"].unsupported(small_base("ddp", 2, "nf4")) is None
