@@ -26,7 +26,8 @@ axes: {{stage: [sft], model: [bloom-tiny], {axes}}}
 settings: {{device: cpu, precision: fp32, tokenizer_vocabulary: 1024, warm_start: none}}
 stages:
   sft:
-    {{data: synthetic-instruct, steps: {steps}, lap_steps: {lap}, micro_batch: 1, global_batch: 6, sequence_length: 128, learning_rate: 1e-2}}
+    {{data: synthetic-instruct, steps: {steps}, lap_steps: {lap}, micro_batch: 1, global_batch: 6, sequence_length: 128,
+      learning_rate: 1e-2}}
 limits: {{timeout_seconds: {timeout}, heartbeat_seconds: {heartbeat}}}
 """
 

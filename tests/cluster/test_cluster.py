@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from cluster_hosts import end
+from cluster_hosts import command_of, end
 from cluster_suite import wait_until
 
 TOLERANCE = 1e-4
