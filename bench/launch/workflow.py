@@ -21,6 +21,7 @@ from bench.data.sources import resolve
 from bench.errors import MachineError, UserError
 from bench.launch.follow import Follower
 from bench.launch.guard import Ended, Guarded
+from bench.launch.queue import Queue, check_slurm, uses_slurm
 from bench.launch.readiness import check_readiness, forget_lost_images, forget_unfinished
 from bench.launch.runlock import Held, hold
 from bench.layout import Layout
@@ -53,22 +54,34 @@ def run_suite(
         return 0
     if profile == "local":
         check_readiness(plan, layout.root)
+    queue = Queue(layout.root) if uses_slurm(folder) else None
+    if queue:
+        check_slurm()
     with hold(layout.root) as lock:
         save_plan(plan, layout.plan)
-        return _run(suite, plan, layout, folder, lock)
+        try:
+            if queue:
+                queue.wait(say)
+            ended = _run(suite, plan, layout, folder, lock, queue)
+        except KeyboardInterrupt:
+            ended = INTERRUPTED
+        if ended == INTERRUPTED:
+            cancelled = queue.cancel() if queue else []
+            say(f"jobs cancelled: {', '.join(cancelled)}") if cancelled else None
+            say(f"interrupted; nothing runs any more. The same command goes on from here: coati-bench run {suite}")
+        return ended
 
 
-def _run(suite: Path, plan: Plan, layout: Layout, profile: Path, lock: Held) -> int:
+def _run(suite: Path, plan: Plan, layout: Layout, profile: Path, lock: Held, queue: Queue | None) -> int:
     for text in [*forget_unfinished(plan, layout), *forget_lost_images(plan, layout)]:
         say(text)
-    command = snakemake_command(layout.root, profile)
+    command = snakemake_command(layout.root, profile, queue)
     _clear_stale_lock(command, was_killed=lock.was_killed)
     follower, log = Follower(plan, layout, say), layout.root / "logs" / "snakemake.log"
     _announce(suite, plan, layout, follower)
     before, offset = _modified(layout), log.stat().st_size if log.exists() else 0
     ended = _follow(command, follower, log, lock)
     if ended is None:
-        say(f"interrupted; nothing runs any more. The same command goes on from here: coati-bench run {suite}")
         return INTERRUPTED
     if ended.code != 0:
         return _tell_failure(ended, layout, log, offset)
@@ -94,12 +107,13 @@ def _follow(command: list[str], follower: Follower, log: Path, lock: Held) -> En
     return ended
 
 
-def snakemake_command(root: Path, profile: Path) -> list[str]:
-    """The Snakemake call that makes the report of the suite whose folder is `root`."""
+def snakemake_command(root: Path, profile: Path, queue: Queue | None = None) -> list[str]:
+    """The Snakemake call that makes the report of the suite whose folder is `root`; jobs carry the name that `queue` looks for."""
+    named = ["--slurm-jobname-prefix", queue.prefix] if queue else []
     snakefile = str(SOURCE_TREE / "Snakefile")
     return [
         sys.executable, "-m", "snakemake", "--snakefile", snakefile, "--profile", str(profile), "--nocolor",
-        "--config", f"suite={json.dumps(str(root))}",
+        *named, "--config", f"suite={json.dumps(str(root))}",
     ]  # fmt: skip
 
 

@@ -128,6 +128,7 @@ def test_a_controller_that_is_restarted_loses_nothing(bench):
     bench.await_step(1)
     bench.slurm.stop_controller()
     time.sleep(12)
+    assert driver.poll() is None
     bench.slurm.start_controller()
     assert driver.wait(240) == 0, bench.said()
     assert bench.record(1).outcome == "ok"

@@ -1,0 +1,75 @@
+"""What a scheduler still holds of a suite, for a driver that is begun, interrupted or begun again. Torch-free.
+
+Jobs outlive the driver that submitted them. They carry a prefix that stands for the suite's folder, so that the next driver finds
+them: it waits for what a killed one left, rather than making a block twice, and an interrupted one cancels its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import yaml
+
+from bench.errors import MachineError
+
+PLUGIN = "snakemake_executor_plugin_slurm"
+LOOK_SECONDS = 5.0
+QUERY_SECONDS = 60.0
+
+
+def uses_slurm(profile: Path) -> bool:
+    """Whether this profile's folder submits to Slurm."""
+    content = yaml.safe_load((profile / "config.yaml").read_text(encoding="utf-8"))
+    return isinstance(content, dict) and content.get("executor") == "slurm"
+
+
+def check_slurm() -> None:
+    """Raise MachineError with what this machine lacks to submit jobs."""
+    lacks = [program for program in ("sbatch", "squeue", "scancel") if shutil.which(program) is None]
+    if importlib.util.find_spec(PLUGIN) is None:
+        raise MachineError("the profile submits to Slurm; seen: no snakemake-executor-plugin-slurm; `make install-slurm` installs it")
+    if lacks:
+        raise MachineError(f"the profile submits to Slurm; seen: no {', '.join(lacks)} on PATH; a login node of the cluster would be right")
+
+
+class Queue:
+    """The jobs of one suite."""
+
+    def __init__(self, root: Path) -> None:
+        self.prefix = f"coati-bench-{hashlib.sha256(str(root.absolute()).encode()).hexdigest()[:12]}"
+
+    def held(self) -> list[str]:
+        """Numbers of this user's jobs of the suite that are waiting or running. Raises MachineError if the scheduler does not answer."""
+        command = ["squeue", "--me", "-h", "-t", "PENDING,RUNNING,COMPLETING,CONFIGURING,SUSPENDED", "-o", "%i %j"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=QUERY_SECONDS)
+        except (OSError, subprocess.SubprocessError) as error:
+            text = getattr(error, "stderr", None) or str(error)
+            raise MachineError(f"squeue does not answer: {str(text).strip()}; is this a login node, and slurmctld up?") from error
+        jobs = (line.split(maxsplit=1) for line in done.stdout.splitlines())
+        return [number for number, name in jobs if name.startswith(self.prefix)]
+
+    def wait(self, say: Callable[[str], None], look: float = LOOK_SECONDS) -> None:
+        """Wait until nothing is held that an earlier driver submitted."""
+        told: list[str] = []
+        while held := self.held():
+            if held != told:
+                say(f"jobs of an earlier run are still in the queue or running: {', '.join(held)}; waiting for them")
+            told = held
+            time.sleep(look)
+
+    def cancel(self) -> list[str]:
+        """Cancel what is held and return its numbers; a scheduler that does not answer is told as none."""
+        try:
+            held = self.held()
+            if held:
+                subprocess.run(["scancel", *held], capture_output=True, check=False, timeout=QUERY_SECONDS)
+        except (MachineError, subprocess.TimeoutExpired):
+            return []
+        return held
