@@ -220,8 +220,17 @@ def _notes(results: Iterable[CellResult]) -> Iterable[str]:
         if device := known_device(result):
             found[f"{device.name}: {device.note}."] += bool(device.note)
         if result.indicative and result.clock_problem is None:
-            found[f"Indicative: {result.indicative}."] += 1
+            found[f"Indicative: {_without_length(result.indicative)}."] += 1
     return [f"{text} ({counted(count, 'cell')})" for text, count in found.items() if count]
+
+
+def _without_length(indicative: str) -> str:
+    """Why a window is indicative, without its own length, so that cells with the same reason share a line.
+
+    >>> _without_length("window of 30 steps and 4.8 s; publishable from 30 steps and 60 s")
+    'too short a window; publishable from 30 steps and 60 s'
+    """
+    return f"too short a window; {indicative.partition('; ')[2]}" if indicative.startswith("window of ") else indicative
 
 
 def known_device(result: CellResult) -> DeviceRow | None:
