@@ -129,7 +129,10 @@ def engine_cells() -> list[Any]:
     wanted = [
         (name, {"precision": "fp32" if "fp32" in strategy.precisions else "bf16-master"}) for name, strategy in all_strategies().items()
     ]
-    wanted += [(name, {"precision": "fp16-master", "lora_rank": 4}) for name in ("naive", "ddp", "zero2", "gemini", "fsdp", "deepspeed_zero2", "deepspeed_zero3")]
+    wanted += [
+        (name, {"precision": "fp16-master", "lora_rank": 4})
+        for name in ("naive", "ddp", "zero2", "gemini", "fsdp", "deepspeed_zero2", "deepspeed_zero3")
+    ]
     cells = [make_cell(name, 1 if name == "naive" else 2, **changes) for name, changes in wanted]
     kinds = [(cell, all_strategies()[cell.strategy]) for cell in cells]
     return [
