@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import socket
 import subprocess
 import sys
@@ -24,13 +22,18 @@ HERE = str(Path(__file__).parent)
 COMMAND = """
 import sys
 from pathlib import Path
+from bench.errors import BenchError
 from bench.launch import manual, meeting
 from bench.launch.manual import Rendezvous
 from bench.launch.single import run_single
 meeting.SILENT_SECONDS = manual.SILENT_SECONDS = 3.0
 file, record, node, port, wait, search = sys.argv[1:]
 meeting = Rendezvous(2, int(node), "127.0.0.1", int(port))
-sys.exit(run_single(Path(file), Path(record), rendezvous=meeting, patience=float(wait), program="fake_rank", search_path=(search,)))
+try:
+    sys.exit(run_single(Path(file), Path(record), rendezvous=meeting, patience=float(wait), program="fake_rank", search_path=(search,)))
+except BenchError as error:
+    print(error)
+    sys.exit(error.exit_code)
 """
 
 
@@ -74,14 +77,16 @@ def typed(fake_trial, tmp_path):
         process.stdout.close()
 
 
-@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_the_order_of_typing_does_not_matter(typed, order):
+def test_both_nodes_make_one_record_and_one_that_comes_after_the_end_hears_how_it_ended(typed):
     trial = typed({0: "work", 1: "work"})
-    for node in order:
+    for node in (1, 0):
         trial.type(node)
     assert [trial.end(node)[0] for node in (0, 1)] == [0, 0]
     record = load_record(trial.record_path)
     assert (record.outcome, record.launcher, record.simulated_nodes, len(record.parts)) == ("ok", "manual", True, 2)
+    trial.type(1)
+    code, text = trial.end(1)
+    assert (code, " ok " in text) == (0, True)
 
 
 def test_a_node_that_never_comes_is_an_outcome_that_names_it(typed):
@@ -103,16 +108,6 @@ def test_another_node_does_not_wait_for_ever_for_node_0(typed):
     assert not trial.record_path.exists()
 
 
-def test_a_node_that_comes_after_the_end_hears_how_it_ended(typed):
-    trial = typed({0: "work", 1: "work"})
-    trial.type(0)
-    trial.type(1)
-    assert trial.end(0)[0] == trial.end(1)[0] == 0
-    trial.type(1)
-    code, text = trial.end(1)
-    assert (code, " ok " in text) == (0, True)
-
-
 def test_a_failed_rank_on_another_node_is_the_trials_end_on_all(typed):
     trial = typed({0: "beat_for_ever", 1: "exit_three"})
     trial.type(1)
@@ -123,17 +118,18 @@ def test_a_failed_rank_on_another_node_is_the_trials_end_on_all(typed):
     assert record.observed["time_to_detection_seconds"] < 10
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_node_whose_command_ends_is_named_and_nothing_runs_on(typed, wait_until, gone, number):
+def test_a_node_whose_command_is_killed_ends_its_ranks_and_the_trial(typed, wait_until, gone):
     trial = typed({0: "beat_for_ever", 1: "beat_for_ever"})
     trial.type(0)
     trial.type(1)
     assert wait_until(lambda: all(path.exists() for path in trial.heartbeats), 40)
     below = {node: descendants([process.pid]) for node, process in trial.processes.items()}
-    os.kill(trial.processes[1].pid, number)
+    trial.processes[1].kill()
     assert trial.end(0)[0] == 0
     record = load_record(trial.record_path)
-    assert record.outcome == "error"
+    assert (record.outcome, record.attempt) == ("error", 1)
+    assert record.reason.startswith("rank 1 ended with SIGTERM (phase train")
+    assert record.observed["time_to_detection_seconds"] < 10
     assert wait_until(lambda: gone([*below[0], *below[1]]))
 
 
