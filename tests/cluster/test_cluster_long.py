@@ -43,4 +43,4 @@ def test_a_time_limit_of_the_scheduler_leaves_nothing_running(bench):
     wait_until(lambda: job not in bench.slurm.jobs(), 150, bench.said)
     bench.slurm.await_quiet(60)
     assert not bench.layout.block(bench.the_block()).exists()
-    assert bench.slurm.hosts.with_text("bench.worker", "bench.launch.rank") == []
+    wait_until(lambda: not bench.slurm.hosts.with_text("bench.worker", "bench.launch.rank"), 10, bench.said)
