@@ -128,8 +128,10 @@ def test_a_node_whose_command_is_killed_ends_its_ranks_and_the_trial(typed, wait
     assert trial.end(0)[0] == 0
     record = load_record(trial.record_path)
     assert (record.outcome, record.attempt) == ("error", 1)
-    assert record.reason.startswith("rank 1 ended with SIGTERM (phase train")
-    assert record.observed["time_to_detection_seconds"] < 10
+    # whichever is noticed first: its rank's end, or its silence
+    assert record.reason.startswith(("rank 1 ended with SIGTERM (phase train", "node 1 (")), record.reason
+    detected = record.observed["time_to_detection_seconds"]
+    assert detected is None or detected < 10  # a node's silence, unlike a rank's end, has no moment to count from
     assert wait_until(lambda: gone([*below[0], *below[1]]))
 
 
