@@ -4,6 +4,8 @@
 # where it lies. A site with its own Apptainer needs none of this.
 #
 #   containers/install-apptainer.sh [FOLDER WITH THE FOUR .deb FILES]
+#
+# The mirror is the one that apt is set up with, or the variable MIRROR.
 set -euo pipefail
 PREFIX=/opt/apptainer
 WANTED=(apptainer/sid libc6/trixie libseccomp2/trixie libsqlite3-0/trixie)
@@ -23,10 +25,12 @@ trap 'rm -rf "$work"' EXIT
 
 download() { # the four packages, by a private apt that knows the newer releases
     mkdir -p "$work"/{lists,cache/archives}/partial
-    local mirror
-    mirror=$(awk '/^URIs:/{print $2; exit}' /etc/apt/sources.list.d/debian.sources 2>/dev/null || true)
-    printf 'deb [signed-by=%s] %s %s main\n' \
-        "$KEYRING" "${mirror:-http://deb.debian.org/debian}" trixie "$KEYRING" "${mirror:-http://deb.debian.org/debian}" sid >"$work/sources.list"
+    local mirror=${MIRROR:-$(awk '/^URIs:/{print $2; exit}' /etc/apt/sources.list.d/debian.sources 2>/dev/null || true)}
+    if [ -z "$mirror" ]; then
+        echo "install-apptainer: no mirror is known; seen: no URIs in /etc/apt/sources.list.d/debian.sources; MIRROR=http://... would be right" >&2
+        exit 3
+    fi
+    printf 'deb [signed-by=%s] %s %s main\n' "$KEYRING" "$mirror" trixie "$KEYRING" "$mirror" sid >"$work/sources.list"
     cat >"$work/apt.conf" <<CONF
 Dir::Etc::sourcelist "$work/sources.list";
 Dir::Etc::sourceparts "/dev/null";

@@ -101,7 +101,7 @@ def make_rootfs(image: Image, folder: Path) -> Path:
         part.unlink(missing_ok=True)
         command = ["mmdebstrap", "-q", "--variant=minbase", f"--include={','.join(sorted(image.rootfs.packages))}"]
         run(
-            [*command, image.rootfs.release, str(part), debian_mirror()],
+            [*command, image.rootfs.release, str(part), *debian_mirror()],
             what=f"root file system, Debian {image.rootfs.release}", environment={"SOURCE_DATE_EPOCH": str(image.epoch)},
         )  # fmt: skip
         part.rename(path)
@@ -120,14 +120,14 @@ def check_rootfs(image: Image, path: Path) -> None:
         )
 
 
-def debian_mirror() -> str:
-    """The mirror that this machine is set up with, else Debian's own name."""
+def debian_mirror() -> list[str]:
+    """The mirror that this machine is set up with; where it has none, mmdebstrap knows Debian's own."""
     sources = Path("/etc/apt/sources.list.d/debian.sources")
     if sources.exists():
         for line in sources.read_text(encoding="utf-8").splitlines():
             if line.startswith("URIs:"):
-                return line.split()[1]
-    return "http://deb.debian.org/debian"
+                return [line.split()[1]]
+    return []
 
 
 def make_context(image: Image, rootfs: Path, context: Path) -> Path:
