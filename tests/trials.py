@@ -21,6 +21,16 @@ from bench.trial import Trial, make_trial
 
 KIND_OF = {"sft": "synthetic-instruct", "rm": "synthetic-pairs", "ppo": "synthetic-prompts"}
 
+SIZES: dict[str, dict[str, Any]] = {
+    "sft": {"steps": 4, "global_batch": 8, "sequence_length": 64, "learning_rate": 1e-2},
+    "rm": {"steps": 4, "global_batch": 8, "sequence_length": 64, "learning_rate": 5e-3},
+    "ppo": {
+        "iterations": 2, "prompts_per_iteration": 16, "global_batch": 8, "prompt_length": 16, "response_length": 8, "sequence_length": 64,
+        "learning_rate": 1e-3, "ptx": "synthetic-instruct", "ptx_coef": 0.2, "ppo_epochs": 2, "lap_steps": 1,
+    },
+}  # fmt: skip
+"""Settings of each stage that move the losses within a second or two."""
+
 
 def tiny_cell(stage: str, **changes: Any) -> Cell:
     """A cell of `stage` that runs in a second or two on one CPU core."""

@@ -10,17 +10,9 @@ from bench.launch.command import Agents
 from bench.launch.supervise import run_trial
 from bench.record import Part
 from bench.strategies.base import all_strategies
-from tests.trials import only, run_forked, tiny_cell, tiny_trial
+from tests.trials import SIZES, only, run_forked, tiny_cell, tiny_trial
 
 STRATEGIES = ["deepspeed_zero2", "deepspeed_zero3", "fabric", "fsdp"]
-SIZES = {
-    "sft": {"steps": 4, "global_batch": 8, "sequence_length": 64, "learning_rate": 1e-2},
-    "rm": {"steps": 4, "global_batch": 8, "sequence_length": 64, "learning_rate": 5e-3},
-    "ppo": {
-        "iterations": 2, "prompts_per_iteration": 16, "global_batch": 8, "prompt_length": 16, "response_length": 8, "sequence_length": 64,
-        "learning_rate": 1e-3, "ptx": "synthetic-instruct", "ptx_coef": 0.2, "ppo_epochs": 2, "lap_steps": 1,
-    },
-}  # fmt: skip
 SERIES = dict.fromkeys(SIZES, ("loss", "gradient_norm")) | {
     "ppo": ("loss", "gradient_norm", "critic_gradient_norm", "reward", "kl", "entropy", "value_loss", "policy_loss", "ptx_loss")
 }

@@ -5,16 +5,8 @@ from __future__ import annotations
 import pytest
 
 from bench.record import Part
-from tests.trials import only, run_forked, tiny_cell, tiny_trial
+from tests.trials import SIZES, only, run_forked, tiny_cell, tiny_trial
 
-SIZES = {
-    "sft": {"steps": 4, "global_batch": 8, "sequence_length": 64, "learning_rate": 1e-2},
-    "rm": {"steps": 4, "global_batch": 8, "sequence_length": 64, "learning_rate": 5e-3},
-    "ppo": {
-        "iterations": 2, "prompts_per_iteration": 16, "global_batch": 8, "prompt_length": 16, "response_length": 8, "sequence_length": 64,
-        "learning_rate": 1e-3, "ptx": "synthetic-instruct", "ptx_coef": 0.2, "ppo_epochs": 2, "lap_steps": 1,
-    },
-}  # fmt: skip
 EQUAL = 1e-4
 """Largest relative deviation (below 1: absolute) of a series in fp32."""
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import socket
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from bench.models.build import build_policy, build_scorer
 from bench.strategies.base import all_strategies
@@ -18,23 +14,9 @@ from bench.strategies.visiting import visiting_copy
 from tests.contract.strategy_work import make_cell, trial_of
 from tests.contract.test_resume import stop_and_go_on
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("group")]
 every_strategy = pytest.mark.parametrize("strategy", sorted(all_strategies()))
 PRECISIONS = ["fp32", "bf16-pure", "bf16-master", "bf16-autocast", "fp16-master"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def group() -> Iterator[None]:
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.cuda.set_device(0)
-    dist.init_process_group("nccl", device_id=torch.device("cuda", 0))
-    yield
-    dist.destroy_process_group()
 
 
 def device() -> torch.device:

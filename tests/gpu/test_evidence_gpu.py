@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from bench.measure.evidence.holdings import Holdings
 from bench.measure.evidence.trace import ModelTrace, tracing
@@ -32,18 +28,6 @@ PARAMETERS = 362_368
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     return tmp_path_factory.mktemp("evidence-gpu")
-
-
-@pytest.fixture(scope="module")
-def group() -> Iterator[None]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.cuda.set_device(0)
-    dist.init_process_group("nccl", device_id=GPU)
-    yield
-    dist.destroy_process_group()
 
 
 def run(root: Path, strategy: str, stage: str = "sft", **changes: Any) -> Part:

@@ -3,37 +3,19 @@
 from __future__ import annotations
 
 import math
-import os
-import socket
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from bench.strategies.base import all_strategies
 from bench.strategies.training_state import innermost
 from tests.contract.strategy_work import generate, make_cell, make_engine, one_step, overflow, round_trip, train, two_engines
 from tests.gpu.test_stages_gpu import run
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("group")]
 STRATEGIES = sorted(name for name, kind in all_strategies().items() if kind.missing() is None)
 every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def group() -> Iterator[None]:
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.cuda.set_device(0)
-    dist.init_process_group("nccl", device_id=torch.device("cuda", 0))
-    yield
-    dist.destroy_process_group()
 
 
 def cell(strategy: str, **changes: Any) -> Any:
