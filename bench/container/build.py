@@ -22,12 +22,15 @@ from bench.container.inputs import build_inputs, package_digest, package_files, 
 from bench.container.requirements import source_requirements, wheel_requirements
 from bench.container.tools import require, require_space, run
 from bench.container.wheelhouse import image_wheelhouse
-from bench.data.cache import cache_folder, sha256_of
+from bench.data.cache import sha256_of
 from bench.errors import MachineError, UserError
+from bench.layout import cache_folder
 
 SPACE = {"cpu": 8_000_000_000}
 """Bytes that a build takes at its peak; an image that is not named takes the CUDA size."""
 CUDA_SPACE = 24_000_000_000
+STAGES = ("environment", "package")
+"""In the order that they are built in."""
 
 CONTAINERS_CONF = """[containers]
 default_ulimits = ["nofile=1024:1024", "nproc=4096:4096"]
@@ -46,6 +49,8 @@ class Built(NamedTuple):
     digest: str
     """Manifest digest of the whole image."""
     inputs: dict[str, str]
+    package: str
+    """sha256 of the package inside."""
     squashfs: Path
     archive: Path | None = None
     """The OCI archive, where it was asked for."""
@@ -55,8 +60,14 @@ class Built(NamedTuple):
         return {
             "image": self.image.name, "digest": self.digest, "environment_digest": self.environment_digest, "inputs": self.inputs,
             "squashfs": str(self.squashfs), "squashfs_bytes": self.squashfs.stat().st_size,
-            "archive": None if self.archive is None else str(self.archive),
+            "archive": None if self.archive is None else str(self.archive), "package": self.package,
         }  # fmt: skip
+
+    @classmethod
+    def of(cls, image: Image, note: dict[str, Any]) -> Built:
+        """What `to_json` gave."""
+        archive = None if note["archive"] is None else Path(note["archive"])
+        return cls(image, note["environment_digest"], note["digest"], note["inputs"], note["package"], Path(note["squashfs"]), archive)
 
 
 def image_folder(cache: Path | None = None) -> Path:
@@ -82,8 +93,8 @@ def build(image: Image, *, cache: Path | None = None, archive: bool = False, any
     with tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as scratch, storage() as environment:
         context = make_context(image, rootfs, Path(scratch) / "context")
         digests = {}
-        for stage in ("environment", "package"):
-            tag = f"localhost/coati-bench-{image.name}-{stage}:{os.getpid()}"
+        for stage in STAGES:
+            tag = stage_tag(image, stage)
             run(buildah_command(image, stage, tag, context, wheelhouse), what=f"stage {stage}", environment=environment)
             digests[stage] = export(image, tag, Path(scratch) / stage, environment)
         return keep(image, digests, inputs, Path(scratch), folder, environment, archive=archive)
@@ -160,6 +171,11 @@ def storage() -> Iterator[dict[str, str]]:
         yield {"CONTAINERS_CONF": str(conf), "BUILDAH_ISOLATION": "chroot"}
 
 
+def stage_tag(image: Image, stage: str) -> str:
+    """The name of a stage in buildah's store, this process's own."""
+    return f"localhost/coati-bench-{image.name}-{stage}:{os.getpid()}"
+
+
 def buildah_command(image: Image, stage: str, tag: str, context: Path, wheelhouse: Path) -> list[str]:
     """The call that builds one stage."""
     arguments = {"SOURCE_DATE_EPOCH": str(image.epoch), "LOCKS": locks_digest(image), "SOURCE": package_digest(), "REVISION": revision()}
@@ -217,15 +233,15 @@ def keep(
     """Put the squashfs, the archive if wanted, and a note of what they are into `folder`, the note last."""
     name = f"coati-bench-{image.name}-{digests['package'].removeprefix('sha256:')[:12]}"
     files = [folder / f"{name}.sqfs", *([folder / f"{name}.oci.tar"] if archive else [])]
-    write_squashfs(image, f"localhost/coati-bench-{image.name}-package:{os.getpid()}", scratch / files[0].name, environment)
+    write_squashfs(image, stage_tag(image, "package"), scratch / files[0].name, environment)
     if archive:
         write_archive(image, scratch / "package", scratch / files[1].name)
     sums = {path.name: sha256_of(scratch / path.name) for path in files}
     for path in files:
         (scratch / path.name).replace(path)
-    built = Built(image, digests["environment"], digests["package"], inputs, *files)
+    built = Built(image, digests["environment"], digests["package"], inputs, package_digest(), *files)
     part = scratch / "note.json"
-    part.write_text(json.dumps(built.to_json() | {"package": package_digest(), "sha256": sums}, indent=2) + "\n", encoding="utf-8")
+    part.write_text(json.dumps(built.to_json() | {"sha256": sums}, indent=2) + "\n", encoding="utf-8")
     part.replace(folder / f"{name}.json")
     remove_tags(image, environment)
     return built
@@ -233,8 +249,7 @@ def keep(
 
 def remove_tags(image: Image, environment: dict[str, str]) -> None:
     """Take this build's names off buildah's store; layers that a later build can use again stay."""
-    tags = [f"localhost/coati-bench-{image.name}-{stage}:{os.getpid()}" for stage in ("package", "environment")]
-    run(["buildah", "rmi", *tags], what="tidying up", environment=environment)
+    run(["buildah", "rmi", *(stage_tag(image, stage) for stage in reversed(STAGES))], what="tidying up", environment=environment)
 
 
 def write_archive(image: Image, layout: Path, archive: Path) -> None:
@@ -257,17 +272,24 @@ def write_squashfs(image: Image, tag: str, squashfs: Path, environment: dict[str
 
 def find_built(image: Image, folder: Path, *, archive: bool = False, any_package: bool = False) -> Built | None:
     """The image that was made here from the same inputs and, unless `any_package`, the same package, if its files are there."""
+    package = package_digest()
+    fitting = (built for built in built_here(image, folder) if any_package or built.package == package)
+    return next((built for built in fitting if not archive or (built.archive is not None and built.archive.exists())), None)
+
+
+def built_here(image: Image, folder: Path) -> list[Built]:
+    """What was made here from the same inputs and is still there: first with this package, then the newest."""
     inputs, package = build_inputs(image), package_digest()
-    for path in sorted(folder.glob(f"coati-bench-{image.name}-*.json")):
-        note = json.loads(path.read_text(encoding="utf-8"))
-        stored = None if note["archive"] is None else Path(note["archive"])
-        built = Built(image, note["environment_digest"], note["digest"], note["inputs"], Path(note["squashfs"]), stored)
-        same = (any_package or note["package"] == package) and {
-            key: value for key, value in note["inputs"].items() if key in inputs
-        } == inputs
-        if same and built.squashfs.exists() and (not archive or (stored is not None and stored.exists())):
-            return built
-    return None
+    notes = [(path.stat().st_mtime, json.loads(path.read_text(encoding="utf-8"))) for path in note_paths(image, folder)]
+    fitting = [
+        (note["package"] == package, time, Built.of(image, note)) for time, note in notes if inputs.items() <= note["inputs"].items()
+    ]
+    return [built for _, _, built in sorted(fitting, key=lambda item: item[:2], reverse=True) if built.squashfs.exists()]
+
+
+def note_paths(image: Image, folder: Path) -> list[Path]:
+    """The notes of all builds of an image."""
+    return sorted(folder.glob(f"coati-bench-{image.name}-*.json"))
 
 
 def commit_digest(built: Built) -> None:

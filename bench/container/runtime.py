@@ -7,7 +7,6 @@ Process ids stay those of the host, since the supervisor watches and ends ranks 
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,12 +14,12 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from bench.container.build import image_folder
+from bench.container.build import built_here, image_folder, note_paths
 from bench.container.images import SOURCE_TREE, image_named
-from bench.container.inputs import build_inputs, package_digest
+from bench.container.inputs import package_digest
 from bench.container.verify import check_file
-from bench.data.cache import cache_folder
 from bench.errors import MachineError, UserError
+from bench.layout import cache_folder
 from bench.trial import Trial
 
 PYTHON = "/opt/venv/bin/python"
@@ -58,16 +57,13 @@ def find_image(setting: str) -> Found:
     if setting.endswith(".sqfs"):
         return _found(Path(setting).expanduser().absolute())
     image, folder = image_named(setting), image_folder()
-    inputs = build_inputs(image)
-    notes = {path: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob(f"coati-bench-{image.name}-*.json")}
-    fitting = [path for path, note in notes.items() if inputs.items() <= note["inputs"].items() and Path(note["squashfs"]).exists()]
+    fitting = built_here(image, folder)
     if not fitting:
         raise UserError(
-            f"container {setting!r}: it was not built here from this checkout's locks; seen: {len(notes)} other images in {folder}; "
-            f"`coati-bench container build {setting}` builds it"
+            f"container {setting!r}: it was not built here from this checkout's locks; seen: {len(note_paths(image, folder))} other images "
+            f"in {folder}; `coati-bench container build {setting}` builds it"
         )
-    best = max(fitting, key=lambda path: (notes[path]["package"] == package_digest(), path.stat().st_mtime))
-    return _found(Path(notes[best]["squashfs"]))
+    return _found(fitting[0].squashfs)
 
 
 @cache

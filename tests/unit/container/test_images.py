@@ -100,7 +100,7 @@ def test_another_digest_is_explained_by_the_inputs_that_differ(monkeypatch, tmp_
     image = image_named("cpu")
     now = inputs.build_inputs(image)
     path = built_file(tmp_path)
-    built = build.Built(image, "sha256:new", "sha256:x", now, path)
+    built = build.Built(image, "sha256:new", "sha256:x", now, "p", path)
     monkeypatch.setattr(verify, "committed", lambda _: {"digest": "sha256:old", "inputs": {**now, "wheels": "f" * 64}})
     (text,) = verify.verify(image, built)
     assert "seen: sha256:new; sha256:old is committed; inputs differ: wheels: ffffffffffff -> " in text

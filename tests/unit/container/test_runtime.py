@@ -7,7 +7,7 @@ import pytest
 
 from bench.cell import cell_from_json
 from bench.container import runtime
-from bench.container.inputs import package_digest
+from bench.container.inputs import build_inputs, package_digest
 from bench.container.runtime import Bind, Container, container_of, find_image
 from bench.data.cache import sha256_of
 from bench.errors import MachineError, UserError
@@ -100,11 +100,11 @@ def test_of_two_images_with_the_same_locks_that_with_this_package_is_taken(tmp_p
     monkeypatch.setenv("COATI_BENCH_CACHE", str(tmp_path))
     folder = tmp_path / "images"
     folder.mkdir()
-    inputs = runtime.build_inputs(runtime.image_named("cpu"))
+    inputs = build_inputs(runtime.image_named("cpu"))
     for digest, package in (("aaaaaaaaaaaa", package_digest()), ("bbbbbbbbbbbb", "another")):
         path = folder / f"coati-bench-cpu-{digest}.sqfs"
         path.write_bytes(digest.encode())
         note = {"digest": f"sha256:{digest}", "environment_digest": "e", "inputs": inputs, "package": package, "squashfs": str(path)}
         sums = {path.name: sha256_of(path)}
-        path.with_suffix(".json").write_text(json.dumps(note | {"sha256": sums}))
+        path.with_suffix(".json").write_text(json.dumps(note | {"sha256": sums, "archive": None}))
     assert find_image("cpu").digest == "sha256:aaaaaaaaaaaa"
