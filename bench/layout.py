@@ -10,9 +10,15 @@ CACHE_VARIABLE = "COATI_BENCH_CACHE"
 
 
 def cache_folder(cache: Path | None = None) -> Path:
-    """Where what outlives a suite lies: `cache`, else the environment's COATI_BENCH_CACHE, else the user's cache folder (XDG)."""
-    given = cache or os.environ.get(CACHE_VARIABLE) or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "coati-bench"
+    """Where what outlives a suite lies: `cache`, else the environment's COATI_BENCH_CACHE, else the user's cache folder."""
+    given = cache or os.environ.get(CACHE_VARIABLE) or _users_cache()
     return Path(given).expanduser().absolute()
+
+
+def _users_cache() -> Path:
+    import platformdirs  # here, as most processes that import this module ask for no cache
+
+    return platformdirs.user_cache_path("coati-bench")
 
 
 class Layout(NamedTuple):

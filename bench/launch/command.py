@@ -48,6 +48,21 @@ def command_lines(cell: Cell, cell_file: Path, *, trial: int = 0, port: int = PO
     return [f"{line} --nodes {cell.nodes} --node-rank {node} --rendezvous $HEAD:{port}" for node in range(cell.nodes)]
 
 
+def rank_command(trial_file: Path, program: str) -> list[str]:
+    """The module that an agent runs for every rank, and its arguments."""
+    return ["bench.launch.rank", str(trial_file), program]
+
+
+def agent_log(trial: Trial, node: int) -> Path:
+    """Where a node's agent writes."""
+    return Path(trial.work) / f"agent{node}.log"
+
+
+def visible_devices(devices: Sequence[str]) -> dict[str, str]:
+    """The variable that shows an agent these devices (UUIDs) and no others; nothing without devices."""
+    return {"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else {}
+
+
 def contained(line: list[str], trial: Trial, environment: dict[str, str]) -> tuple[list[str], dict[str, str]]:
     """`line` and its environment inside the trial's image, or as they are. Raises MachineError without a runtime."""
     container = container_of(trial)
@@ -89,7 +104,7 @@ class Agents:
         try:
             for node, line in enumerate(self._lines(cell, trial_file, port)):
                 mine = devices[node * cell.processes_per_node : (node + 1) * cell.processes_per_node]
-                log = Path(trial.work) / f"agent{node}.log"
+                log = agent_log(trial, node)
                 command, environment = contained(line, trial, self._environment(mine))
                 job.add(Guarded(command, environment=environment, log=log, keep=self._keep), log)
         except OSError as error:
@@ -98,12 +113,11 @@ class Agents:
         return job
 
     def _lines(self, cell: Cell, trial_file: Path, port: int) -> list[list[str]]:
-        ranks = ["bench.launch.rank", str(trial_file), self._program]
+        ranks = rank_command(trial_file, self._program)
         return [[*self._prefix, *agent_line(cell, node, ranks, port=port)] for node in range(cell.nodes)]
 
     def _environment(self, devices: Sequence[str]) -> dict[str, str]:
-        visible = {"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else {}
-        return rank_environment({"GLOO_SOCKET_IFNAME": "lo", **self._variables, **visible}, self._search_path)
+        return rank_environment({"GLOO_SOCKET_IFNAME": "lo", **self._variables, **visible_devices(devices)}, self._search_path)
 
 
 class AgentsJob:

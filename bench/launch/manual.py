@@ -15,11 +15,11 @@ from typing import Any, NamedTuple, Self
 
 from bench.errors import MachineError
 from bench.launch.assemble import share_a_machine
-from bench.launch.command import PROGRAM
+from bench.launch.command import PROGRAM, agent_log
 from bench.launch.guard import GRACE_SECONDS, Guarded
 from bench.launch.job import LINGER_SECONDS, AbsentError, LaunchError
 from bench.launch.meeting import SILENT_SECONDS, Beacon, Sight
-from bench.launch.node import Meeting, agent_log, node_line, start_agent
+from bench.launch.node import Meeting, node_line, start_agent
 from bench.launch.pool import BusyError, LackingError, hold_devices
 from bench.launch.processes import descendants, signal_name
 from bench.launch.watch import Stop

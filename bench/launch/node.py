@@ -20,7 +20,7 @@ from types import FrameType
 
 import psutil
 
-from bench.launch.command import PORT, PROGRAM, agent_line, contained
+from bench.launch.command import PORT, PROGRAM, agent_line, agent_log, contained, rank_command, visible_devices
 from bench.launch.environment import rank_environment
 from bench.launch.guard import Guarded
 from bench.trial import Trial, load_trial
@@ -53,21 +53,15 @@ def start_agent(
 
 def node_line(trial: Trial, trial_file: Path, meeting: Meeting, program: str = PROGRAM) -> list[str]:
     """The agent's line of one node."""
-    ranks = ["bench.launch.rank", str(trial_file), program]
+    ranks = rank_command(trial_file, program)
     return agent_line(trial.parsed_cell, meeting.node, ranks, address=meeting.address, port=meeting.port)
-
-
-def agent_log(trial: Trial, node: int) -> Path:
-    """Where a node's agent writes."""
-    return Path(trial.work) / f"agent{node}.log"
 
 
 def agent_environment(address: str, devices: Sequence[str], search_path: tuple[str, ...]) -> dict[str, str]:
     """The environment of ranks whose first node is at `address`; interfaces that the user chose stay."""
     interface = interface_towards(address)
     found = {name: interface for name in INTERFACE_VARIABLES if interface and name not in os.environ}
-    visible = {"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else {}
-    return rank_environment({**found, **visible}, search_path)
+    return rank_environment({**found, **visible_devices(devices)}, search_path)
 
 
 def interface_towards(address: str) -> str | None:

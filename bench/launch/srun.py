@@ -17,11 +17,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from bench.launch.assemble import share_a_machine
-from bench.launch.command import PORT, PROGRAM, Agents, AgentsJob
+from bench.launch.command import PORT, PROGRAM, Agents, AgentsJob, agent_log
 from bench.launch.environment import rank_environment
 from bench.launch.guard import Guarded
 from bench.launch.job import Launcher, LaunchError, free_port
-from bench.launch.node import agent_log
 from bench.launch.processes import alive, descendants
 from bench.launch.rank import read_process
 from bench.trial import Trial
