@@ -6,6 +6,7 @@ own agent under guard, so that whatever ends a node's command ends its ranks; al
 
 from __future__ import annotations
 
+import shlex
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -98,7 +99,7 @@ class ManualNodes:
         places = (
             Meeting(node=node, address=self._rendezvous.address, port=self._rendezvous.port) for node in range(self._rendezvous.nodes)
         )
-        return [" ".join(node_line(trial, trial_file, place, self._program.name)) for place in places]
+        return [shlex.join(node_line(trial, trial_file, place, self._program.name)) for place in places]
 
     def start(self, trial: Trial, trial_file: Path, devices: Sequence[str]) -> ManualJob:
         """Wait for all nodes, then start. Raises AbsentError if one does not come in time, LaunchError if this node's agent cannot."""
