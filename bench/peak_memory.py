@@ -21,9 +21,8 @@ from bench.measure.flops import CACHE_BYTES, Sequences
 from bench.measure.shape import Network, Shape
 from bench.needs import model_states, networks
 from bench.strategies.base import Strategy, all_strategies
+from bench.strategies.precision import MASTER_MODES
 
-MASTERS = ("bf16-master", "fp16-master")
-"""Precision modes whose optimizer works on fp32 copies."""
 DRAW_BYTES = 32
 """Of each logit while a token is drawn: two fp32 copies and three of 64 bits for the noise."""
 
@@ -104,7 +103,7 @@ class _Plan:
             return 0.0
         settings = self.cell.settings
         elements = -(-model.trainable // (self.cell.world_size if "optimizer" in self.strategy.sharded else 1))
-        copies = 4 if settings.precision in MASTERS and "parameters" not in self.strategy.sharded else 0
+        copies = 4 if settings.precision in MASTER_MODES and "parameters" not in self.strategy.sharded else 0
         optimizer = self.strategy.forced_settings(self.cell).get("optimizer", settings.optimizer)
         roots = (2 if settings.precision == "bf16-pure" else 4) if optimizer == "adamw" else 0
         return float(elements * (copies + roots))
