@@ -43,7 +43,9 @@ class CannotError(Exception):
 def main() -> int:
     """Install; 0 when all is there, 2 for a wrong call, 3 where this machine cannot, 130 when interrupted."""
     parser = argparse.ArgumentParser(description="Install coati-bench and what it needs into a virtual environment, from hashed locks.")
-    parser.add_argument("--family", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda where an NVIDIA driver is")
+    parser.add_argument(
+        "--family", choices=["auto", "cpu", "cuda", "upstream"], default="auto", help="auto: cuda where an NVIDIA driver is"
+    )
     parser.add_argument("--into", type=Path, default=ROOT / ".venv", metavar="FOLDER", help="the virtual environment (default .venv)")
     parser.add_argument("--extra", action="append", default=[], choices=extras(), help="install this optional extra too; repeatable")
     options = parser.parse_args()
@@ -87,7 +89,7 @@ def family_here() -> str:
 
 def extras() -> list[str]:
     """The optional extras, by their locks."""
-    families = ("cpu", "cuda", "sdist")
+    families = ("cpu", "cuda", "sdist", "upstream")
     return sorted(path.stem for path in ENVS.glob("*.lock") if path.stem.split("-")[0] not in families)
 
 
@@ -136,7 +138,7 @@ def stamp_path(venv: Path) -> Path:
 
 def hash_of_inputs(family: str, chosen: list[str]) -> str:
     """sha256 over everything that decides what is installed."""
-    names = {"cpu": ["cpu.lock", "cpu-torch-cpu.lock", "cpu-torch-cuda.lock"], "cuda": ["cuda.lock"]}[family]
+    names = {"cpu": ["cpu.lock", "cpu-torch-cpu.lock", "cpu-torch-cuda.lock"], "cuda": ["cuda.lock"], "upstream": ["upstream.lock"]}[family]
     paths = [*(ENVS / name for name in [*names, "sdist.lock", *(f"{name}.lock" for name in chosen)]), ROOT / "pyproject.toml"]
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in paths if path.exists())).hexdigest()
 
@@ -167,7 +169,8 @@ def take(lock: object, venv: Path) -> None:
 
 def choose(venv: Path, family: str) -> tuple[list[str], str, int]:
     """Return (locks, version of torch, bytes of wheels) for `family`, by what pip finds."""
-    locks = ["cuda.lock"] if family == "cuda" else ["cpu.lock", "cpu-torch-cpu.lock" if finds_cpu_build(venv) else "cpu-torch-cuda.lock"]
+    cpu = ["cpu.lock", "cpu-torch-cpu.lock" if finds_cpu_build(venv) else "cpu-torch-cuda.lock"] if family == "cpu" else []
+    locks = cpu or [f"{family}.lock"]
     if "cpu-torch-cuda.lock" in locks:
         print(
             "No CPU build of torch is to be had here, only the CUDA build: it runs without a GPU too, but is large. "

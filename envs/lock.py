@@ -3,14 +3,17 @@
     python envs/lock.py                           newest versions that fit
     python envs/lock.py --exclude-newer 2026-11-20
     python envs/lock.py --extras-only             the optional extras, beside the locks that are there
+    python envs/lock.py --family upstream         one family; what the family `cuda` locks stays where its torch allows it
 
 Locks are hashed requirement files for pip: no address of a registry stands in them, so the same lock serves the public
-registry, a mirror and a folder of wheels. There are two families, by torch: `cpu` and `cuda`.
+registry, a mirror and a folder of wheels. There are three families, by torch: `cpu`, `cuda` and `upstream`, the newest torch
+within ColossalAI's own limits, for older drivers; the optional extras are for the first two.
 
     cpu.lock             all but torch
     cpu-torch-cpu.lock   torch's CPU build; from wherever pip is configured to find it
     cpu-torch-cuda.lock  torch's CUDA build and what that needs besides; used where no CPU build is to be had
     cuda.lock            all, for machines with NVIDIA GPUs
+    upstream.lock        the same with the older torch
     sdist.lock           what exists as source only; built without isolation, after the others
     NAME.lock            what the optional extra NAME needs besides, for every family
 
@@ -58,13 +61,27 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Make envs/*.lock from pyproject.toml.")
     parser.add_argument("--exclude-newer", metavar="DATE", help="ignore releases after this date")
     parser.add_argument("--extras-only", action="store_true", help="leave the other locks as they are")
-    options = parser.parse_args()
     facts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["coati-bench"]["lock"]
+    parser.add_argument("--family", choices=list(facts["families"]), help="this family only, no extras")
+    options = parser.parse_args()
     extra = ["--exclude-newer", options.exclude_newer] if options.exclude_newer else []
+    if options.family:
+        facts["families"] = {options.family: facts["families"][options.family]}
+        locks = make_locks(facts, extra)
+        check_sources(locks.pop("sdist.lock"))
+        save(locks)
+        return 0
     if not options.extras_only:
         save(make_locks(facts, extra))
     save({f"{name}.lock": extra_lock(name, facts, extra) for name in facts["extras"]})
     return 0
+
+
+def check_sources(sources: str) -> None:
+    """Exit unless `sources` is the lock of sources that is there, which every family shares."""
+    before = (ENVS / "sdist.lock").read_text()
+    if sources != before:
+        sys.exit(f"the sources would change for every family: {before}\n{sources}\nwithout --family all locks are made anew")
 
 
 def save(locks: dict[str, str]) -> None:
@@ -78,7 +95,8 @@ def save(locks: dict[str, str]) -> None:
 def extra_lock(name: str, facts: dict, extra: list[str]) -> str:
     """Return the lock of an optional extra: what it needs beside the locks that are there, the same for every family."""
     found = {}
-    for family, torch in facts["families"].items():
+    for family in facts["extended"]:
+        torch = facts["families"][family]
         files = [ENVS / "sdist.lock", *(path for path in ENVS.glob(f"{family}*.lock"))]
         there = [item for path in files for item in parse(path.read_text())]
         names = {item.name for item in there}
@@ -92,13 +110,18 @@ def make_locks(facts: dict, extra: list[str]) -> dict[str, str]:
     """Return the text of every lock by file name."""
     locks: dict[str, str] = {}
     for family, torch in facts["families"].items():
-        locked = resolve(torch, facts, extra)
+        locked = resolve(torch, facts, extra, preferred=locks.get("cuda.lock") or read_cuda_lock() if family == "upstream" else "")
         wheels = [item for item in locked if item.name not in facts["sdists"]]
         locks |= cpu_locks(torch, wheels) if family == "cpu" else {f"{family}.lock": write(f"{family}: torch {torch}", wheels)}
         sources = write("every family: what exists as source only", [item for item in locked if item.name in facts["sdists"]])
         if locks.setdefault("sdist.lock", sources) != sources:
             sys.exit(f"the families want different sources: {locks['sdist.lock']}\n{sources}")
     return locks
+
+
+def read_cuda_lock() -> str:
+    """The lock of the family `cuda` as it is there."""
+    return (ENVS / "cuda.lock").read_text()
 
 
 def cpu_locks(torch: str, wheels: list[Locked]) -> dict[str, str]:
@@ -112,15 +135,23 @@ def cpu_locks(torch: str, wheels: list[Locked]) -> dict[str, str]:
     return locks if build is None else {**locks, "cpu-torch-cpu.lock": write(f"cpu: torch {torch}, CPU build", [build])}
 
 
-def resolve(torch: str, facts: dict, extra: list[str], optional: str = "", there: Sequence[Locked] = ()) -> list[Locked]:
-    """Return what uv locks for this torch, with an extra beside what is `there`. Exits where a file for the target is missing."""
+def resolve(
+    torch: str, facts: dict, extra: list[str], optional: str = "", there: Sequence[Locked] = (), preferred: str = ""
+) -> list[Locked]:
+    """Return what uv locks for this torch, with an extra beside what is `there`, in the versions of a `preferred` lock where it can.
+
+    Exits where a file for the target is missing.
+    """
     with tempfile.TemporaryDirectory() as folder:
         overrides, constraints = Path(folder) / "overrides.txt", Path(folder) / "constraints.txt"
         constraints.write_text("".join(f"{item.name}=={item.version}\n" for item in there if item.name != "torch"))
         overrides.write_text("\n".join([f"torch=={torch}", *(f"{name} ; sys_platform == 'never'" for name in facts["drop"])]) + "\n")
         common = f"pip compile pyproject.toml --extra dev --override {overrides} --no-header --no-emit-index-url -q".split()
         common += [*TARGET, *extra, "--constraint", str(constraints), *(["--extra", optional] if optional else [])]
-        text = uv([*common, "--generate-hashes", "--annotation-style", "line"], Path(folder) / "lock.txt")
+        lock = Path(folder) / "lock.txt"
+        lock.write_text(preferred)
+        text = uv([*common, "--generate-hashes", "--annotation-style", "line"], lock)
+        constraints.write_text("".join(f"{item.name}=={item.version}\n" for item in parse(text) if item.name != "torch"))
         packages = tomllib.loads(uv([*common, "--format", "pylock.toml"], Path(folder) / "pylock.toml"))["packages"]
     sizes = {package["name"]: file_size(package, package["name"] in facts["sdists"]) for package in packages}
     absent = [name for name, size in sizes.items() if not size]

@@ -37,6 +37,10 @@ class Image(NamedTuple):
     cuda: str | None = None
     driver: int | None = None
     """Lowest major version of the NVIDIA driver."""
+    driver_limited: int | None = None
+    """Lowest major version that runs it by CUDA's minor version compatibility, which leaves out what needs a newer driver."""
+    architectures: tuple[str, ...] = ()
+    """Compute capabilities that its torch was built for; a `+` after one: its PTX is there for newer ones."""
 
 
 @cache
@@ -48,6 +52,7 @@ def images() -> dict[str, Image]:
         name: Image(
             name=name, description=item["description"], locks=tuple(item["locks"]), sources=item["sources"], epoch=table["epoch"],
             rootfs=rootfs, cuda=item.get("cuda"), driver=item.get("driver"),
+            driver_limited=item.get("driver_limited"), architectures=tuple(item.get("architectures", ())),
         )
         for name, item in table["images"].items()
     }  # fmt: skip

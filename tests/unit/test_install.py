@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import importlib.util
 import json
 import re
@@ -14,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 
@@ -202,7 +205,7 @@ def locks() -> dict[str, str]:
 
 def test_every_locked_requirement_is_exact_and_hashed_and_names_no_address() -> None:
     extras = {"deepspeed.lock", "fabric.lock", "slurm.lock"}
-    assert set(locks()) == {"cpu.lock", "cpu-torch-cpu.lock", "cpu-torch-cuda.lock", "cuda.lock", "sdist.lock", *extras}
+    assert set(locks()) == {"cpu.lock", "cpu-torch-cpu.lock", "cpu-torch-cuda.lock", "cuda.lock", "upstream.lock", "sdist.lock", *extras}
     for text in locks().values():
         requirements = load("lock").parse(text)
         assert requirements
@@ -232,6 +235,29 @@ def test_the_families_differ_in_torch_only() -> None:
     for name, version in {"transformers": "4.51.3", "peft": "0.13.2"}.items():
         assert versions["cpu.lock"][name] == versions["cuda.lock"][name] == version
     assert versions["sdist.lock"]["colossalai"] == "0.5.0"
+
+
+def test_upstream_is_within_colossalais_own_limits_and_else_what_cuda_locks() -> None:
+    versions = {name: load("lock").versions(text) for name, text in locks().items()}
+    upstream = versions["upstream.lock"]
+    limits = [Requirement(line) for line in importlib.metadata.requires("colossalai") or []]
+    assert next(limit for limit in limits if limit.name == "torch").specifier.contains(upstream["torch"])
+    assert all(limit.specifier.contains(upstream[limit.name]) for limit in limits if limit.name in upstream)
+    assert upstream["nvidia-cuda-runtime-cu12"].startswith("12.4.")
+    cuda = load("lock").CUDA_BUILD
+    others = {name: version for name, version in versions["cuda.lock"].items() if not cuda.match(name)}
+    assert {name for name, version in others.items() if upstream.get(name) != version} == {"torch", "sympy"}
+
+
+def test_locked_packages_take_the_torch_of_upstream() -> None:
+    """The lock overrides every package's wish for a torch; of those that are installed here, none wants a newer one."""
+    upstream = load("lock").versions((ROOT / "envs" / "upstream.lock").read_text(encoding="utf-8"))
+    for name in upstream:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            wishes = [Requirement(line) for line in importlib.metadata.requires(name) or []]
+            for wish in wishes:
+                if wish.name == "torch" and wish.marker is None:
+                    assert wish.specifier.contains(upstream["torch"]), (name, str(wish))
 
 
 def test_a_package_that_only_torchs_cuda_build_asks_for_is_told_apart() -> None:

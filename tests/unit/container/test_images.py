@@ -6,7 +6,6 @@ import re
 import pytest
 
 from bench.container import build, images, inputs, requirements, verify
-from bench.container.fit import problem
 from bench.container.images import image_named
 from bench.container.tools import explain, require, require_space
 from bench.container.wheelhouse import make_wheelhouse, requirements_of
@@ -31,7 +30,7 @@ def test_everything_in_an_image_is_pinned_and_hashed_and_names_no_place(name):
 
 
 def test_an_image_that_is_not_in_the_table_is_refused_with_those_that_are():
-    with pytest.raises(UserError, match=r"image 'curent': there is no such image; one of cpu, current"):
+    with pytest.raises(UserError, match=r"image 'curent': there is no such image; one of cpu, current, upstream"):
         image_named("curent")
 
 
@@ -53,16 +52,6 @@ def test_the_package_digest_follows_content_and_not_time(monkeypatch, tmp_path):
     assert inputs.package_digest() == first
     (tmp_path / "bench" / "a.py").write_text("x = 2\n")
     assert inputs.package_digest() != first
-
-
-@pytest.mark.parametrize(
-    ("driver", "expected"),
-    [("580.159.04", None), ("590.1", None), ("550.54.15", "needs driver 580 or newer; seen: 550.54.15"), (None, "seen: none")],
-)
-def test_an_image_says_which_driver_it_needs(driver, expected):
-    found = problem(image_named("current"), driver)
-    assert found is None if expected is None else expected in found
-    assert problem(image_named("cpu"), driver) is None
 
 
 def built_file(tmp_path, content=b"squashfs"):
