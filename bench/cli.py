@@ -68,6 +68,7 @@ def plan(
     container: Container = None,
 ) -> None:
     """Show what a suite means. Cells, blocks, what each needs, what its trials can claim and cost, what is skipped and why."""
+    from bench.container.fit import fits, fits_to_json, image_line
     from bench.layout import Layout
     from bench.matrix import make_plan, plan_to_json, save_plan
     from bench.plan_text import command_text, plan_text
@@ -77,9 +78,11 @@ def plan(
     if write:
         save_plan(made, Layout(results / made.suite).plan)
     if _format(format) == "json":
-        typer.echo(json.dumps({**plan_to_json(made), **plan_forecast(made, results, price)}, indent=1))
+        content = {**plan_to_json(made), **plan_forecast(made, results, price), "images": fits_to_json(fits())}
+        typer.echo(json.dumps(content, indent=1))
     else:
-        typer.echo(command_text(made, results) if commands else plan_text(made, plan_notes(made, results, price)))
+        notes = [*plan_notes(made, results, price), image_line(fits())]
+        typer.echo(command_text(made, results) if commands else plan_text(made, notes))
 
 
 @app.command()

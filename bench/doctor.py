@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.container.fit import fit_lines, fits, fits_to_json, image_line
 from bench.errors import MachineError
 from bench.measure.ceilings import bench_text
 from bench.measure.host import Host, look
@@ -52,10 +53,11 @@ def run_doctor(*, format: str = "text", folder: Path = Path("results")) -> int: 
     host = look(folder)
     able = abilities(host)
     if format == "json":
-        content = {"host": asdict(host), "abilities": [{**asdict(item), "possible": item.possible} for item in able]}
+        items = [{**asdict(item), "possible": item.possible} for item in able]
+        content = {"host": asdict(host), "abilities": items, "images": fits_to_json(fits(host.devices))}
         print(json.dumps(content, indent=1, default=str))
     else:
-        print("\n".join([*_seen(host), "", *_allowed(able), *_warnings(host)]))
+        print("\n".join([*_seen(host), "", *_allowed(able), "", *_images(host), *_warnings(host)]))
     return 0 if able[0].possible else 3
 
 
@@ -166,6 +168,11 @@ def _allowed(able: list[Ability]) -> list[str]:
         lines.append(f"  {'yes' if item.possible else 'no ':<4} {item.name}")
         lines += [f"         needs {need}" for need in item.needs]
     return lines
+
+
+def _images(host: Host) -> list[str]:
+    found = fits(host.devices)
+    return [image_line(found), *(f"  {line}" for line in fit_lines(found))]
 
 
 def _warnings(host: Host) -> list[str]:

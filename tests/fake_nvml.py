@@ -14,8 +14,8 @@ class NvmlError(Exception):
 class FakeNvml:
     """One card with 80 GiB; `used`, `pids`, `throttle` and `energy` may change; what is in `broken` raises, with its text.
 
-    `mig` splits the card into as many instances; `virtual` makes it a share that a hypervisor gives. Handles are the card's index,
-    or ("mig", place).
+    `driver` and `capability` are the driver's version and the card's compute capability. `mig` splits the card into as many instances;
+    `virtual` makes it a share that a hypervisor gives. Handles are the card's index, or ("mig", place).
     """
 
     NVMLError = NvmlError
@@ -27,6 +27,7 @@ class FakeNvml:
     def __init__(self) -> None:
         self.used, self.pids, self.throttle, self.energy = GIB, [], 0, 5000
         self.mig, self.virtual, self.cards = 0, False, 1
+        self.driver, self.capability = "580.1", (9, 0)
         self.broken: dict[str, str] = {}
 
     def __getattribute__(self, name):
@@ -69,6 +70,9 @@ class FakeNvml:
     def nvmlDeviceGetName(self, handle):
         return b"NVIDIA Test 80GB"
 
+    def nvmlDeviceGetCudaComputeCapability(self, handle):
+        return list(self.capability)
+
     def nvmlDeviceGetBoardPartNumber(self, handle):
         return "900-21010-0000-000"
 
@@ -76,7 +80,7 @@ class FakeNvml:
         return "96.00.1"
 
     def nvmlSystemGetDriverVersion(self):
-        return "580.1"
+        return self.driver
 
     def nvmlDeviceGetMemoryInfo(self, handle):
         return SimpleNamespace(used=self.used, total=(10 if isinstance(handle, tuple) else 80) * GIB)

@@ -89,11 +89,11 @@ def explain(name: Name = "current") -> None:
 
 @app.command(name="list")
 def list_images(format: Annotated[str, typer.Option("--format", help="text or json.")] = "text") -> None:
-    """The images, and which of them this machine's driver can run."""
-    from bench.container.fit import fit_lines, fits
+    """The images, and which of them this machine's driver and devices can run."""
+    from bench.container.fit import fit_lines, fits, fits_to_json
 
     if format == "json":
-        print(json.dumps([{"image": item.image.name, "fits": item.problem is None, "problem": item.problem} for item in fits()], indent=2))
+        print(json.dumps(fits_to_json(fits()), indent=2))
     else:
         print("\n".join(fit_lines()))
 

@@ -112,7 +112,7 @@ class Device:
     # -- what stays the same -----------------------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:
-        """What stays the same over a trial: name, SKU, memory, driver, power limit, clocks, ECC, links; null with a reason."""
+        """What stays the same over a trial: name, SKU, memory, capability, driver, power limit, clocks, ECC, links; null with a reason."""
         nvml, ask = self._nvml, self._ask
         total, limit = ask("memory_bytes", "nvmlDeviceGetMemoryInfo"), self._power("nvmlDeviceGetEnforcedPowerLimit")
         ecc, pci = ask("ecc", "nvmlDeviceGetEccMode", of_card=True), ask("pci_bus", "nvmlDeviceGetPciInfo", of_card=True)
@@ -122,6 +122,7 @@ class Device:
             "part_number": _text(ask("part_number", "nvmlDeviceGetBoardPartNumber", of_card=True)),
             "vbios": _text(ask("vbios", "nvmlDeviceGetVbiosVersion", of_card=True)),
             "memory_bytes": None if total is None else int(total.total),
+            "compute_capability": self._capability(),
             "driver": _text(nvml.nvmlSystemGetDriverVersion()),
             "power_limit_watts": limit,
             "power_default_limit_watts": self._power("nvmlDeviceGetPowerManagementDefaultLimit"),
@@ -136,6 +137,10 @@ class Device:
             "mig_instance": self.is_mig,
             "virtual": self.is_virtual(),
         }
+
+    def _capability(self) -> str | None:
+        found = self._ask("compute_capability", "nvmlDeviceGetCudaComputeCapability", of_card=True)
+        return None if found is None else ".".join(map(str, found))
 
     def is_virtual(self) -> bool | None:
         """Whether it is a virtual GPU, a share of a card that a hypervisor hands out (pass-through of a whole card is none)."""
