@@ -17,6 +17,7 @@ from bench.container.fit import fit_lines, fits, fits_to_json, image_line
 from bench.errors import MachineError
 from bench.measure.ceilings import bench_text
 from bench.measure.host import Host, look
+from bench.measure.kernels import BUILD_MINUTES, not_built
 from bench.measure.machine_file import ceilings_folder
 from bench.measure.nvml import all_devices, visible
 from bench.measure.provenance import SOURCE_TREE
@@ -135,7 +136,7 @@ def _shared_memory(host: Host) -> list[str]:
 
 
 def _kernels(host: Host) -> list[str]:
-    if host.kernels:
+    if not not_built(host.kernels):
         return []
     needs = []
     if host.nvcc is None:
@@ -149,17 +150,26 @@ def _seen(host: Host) -> list[str]:
     names = ("python", "torch", "cuda", "transformers", "peft", "colossalai", "snakemake")
     devices = [f"{item['name']}, {(item['memory_bytes'] or 0) / GIB:.0f} GiB, driver {item['driver']}" for item in host.devices]
     free, total, shared = (size / GIB for size in (host.memory_available_bytes, host.memory_bytes, host.shared_memory_free_bytes))
-    kernels = f"{len(host.kernels)} compiled" if host.kernels else "none compiled yet"
     rows = {
         "software": ", ".join(f"{name} {host.versions.get(name) or 'none'}" for name in names),
         "processor": f"{host.cores} cores",
         "memory": f"{free:.1f} of {total:.1f} GiB free; /dev/shm {shared:.1f} GiB",
         "disk": f"{host.disk_free_bytes / GIB:.1f} GiB free for results",
         "CUDA devices": "; ".join(devices) or f"none ({host.no_devices or 'NVML counts 0'})",
-        "kernels": f"{kernels}; nvcc {host.nvcc or 'none'}",
+        "kernels": _kernels_text(host),
         "programs": ", ".join(f"{name} {path or 'none'}" for name, path in host.programs.items()),
     }
     return ["This machine", *(f"  {name:<13} {text}" for name, text in rows.items())]
+
+
+def _kernels_text(host: Host) -> str:
+    """Whether HybridAdam's kernels are there, or what happens at its first use."""
+    absent, nvcc = not_built(host.kernels), f"nvcc {host.nvcc or 'none'}"
+    if not absent:
+        return f"HybridAdam's are built; {nvcc}"
+    if host.devices and not _kernels(host):
+        return f"HybridAdam's ({', '.join(absent)}) will be compiled at first use, about {BUILD_MINUTES} minutes; {nvcc}"
+    return f"HybridAdam's ({', '.join(absent)}) are not built, and cannot be here; {nvcc}"
 
 
 def _allowed(able: list[Ability]) -> list[str]:
@@ -176,7 +186,4 @@ def _images(host: Host) -> list[str]:
 
 
 def _warnings(host: Host) -> list[str]:
-    return [
-        f"Warning: {lock} was left by a build that died; ColossalAI waits for it for ever. Remove it: rm {lock}"
-        for lock in host.stale_locks
-    ]
+    return [f"{'Note' if lock.builder else 'Warning'}: {lock}" for lock in host.build_locks]

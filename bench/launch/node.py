@@ -23,6 +23,7 @@ import psutil
 from bench.launch.command import PORT, PROGRAM, agent_line, agent_log, contained, rank_command, visible_devices
 from bench.launch.environment import rank_environment
 from bench.launch.guard import Guarded
+from bench.measure.build_locks import break_stale_locks
 from bench.trial import Trial, load_trial
 
 WAIT_SECONDS = 0.5
@@ -46,6 +47,8 @@ def start_agent(
     search_path: tuple[str, ...] = (), keep: tuple[int, ...] = (),
 ) -> Guarded:  # fmt: skip
     """Start this node's agent on `devices` (UUIDs; none: all that are visible). Raises OSError where that is impossible."""
+    if trial.parsed_cell.settings.device == "cuda":
+        break_stale_locks()
     line = node_line(trial, trial_file, meeting, program)
     line, environment = contained(line, trial, agent_environment(meeting.address, devices, search_path))
     return Guarded(line, environment=environment, log=agent_log(trial, meeting.node), keep=keep)

@@ -29,6 +29,7 @@ from bench.launch.rank import name_supervisor, read_process
 from bench.launch.readings import Readings, flags, foreign_processes, observe, other_nodes
 from bench.launch.watch import Stop, Watched, dump_stacks, listening, watch
 from bench.layout import telemetry_path
+from bench.measure.build_locks import break_stale_locks
 from bench.measure.nvml import Device
 from bench.measure.provenance import utc_now
 from bench.measure.telemetry import Telemetry
@@ -39,6 +40,8 @@ from bench.trial import Trial, save_trial
 MOST_TRIES = 3
 LOG_LINES, LOG_BYTES = 12, 4000
 """How much of a log's end goes into a reason."""
+STALE_LOCK = "stale build lock broken"
+"""Flag: an earlier build of kernels had died, and this trial may have built them anew."""
 
 _SIGNAL_SECONDS = 1.0
 """A signal to the whole job may reach the ranks before it reaches us."""
@@ -115,7 +118,9 @@ def _try_with_devices(trial: Trial, launcher: Launcher, stop: Stop, telemetry: P
         if cell.settings.device == "cpu":
             return _try(trial, launcher, stop, [], telemetry)
         with hold_devices(launcher.devices_here(trial), stopped=stop.wait) as devices:
-            return _try(trial, launcher, stop, devices, telemetry)
+            broken = break_stale_locks()
+            tried = _try(trial, launcher, stop, devices, telemetry)
+            return replace(tried, flags=(*tried.flags, *([STALE_LOCK] if broken else [])))
     except BusyError as problem:
         return Try(verdict=Verdict("busy", str(problem)))
     except (AbsentError, LackingError) as problem:

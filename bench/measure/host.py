@@ -6,18 +6,15 @@ import os
 import re
 import shutil
 import subprocess
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.measure.build_locks import BuildLock, find_locks
+from bench.measure.kernels import kernels_here
 from bench.measure.nvml import describe_devices, load_nvml
 from bench.measure.provenance import versions
 
-KERNEL_CACHE = Path(".cache/colossalai/torch_extensions")
-"""Below the home folder: where ColossalAI keeps the kernels that it compiled (0.5.0, extensions/base_extension.py)."""
-STALE_LOCK_SECONDS = 900.0
-"""A build lock older than that was left by a build that died; ColossalAI's next build waits for it for ever."""
 PROGRAMS = {"chromium": ("chromium", "chromium-browser", "google-chrome"), "slurm": ("sbatch",), "apptainer": ("apptainer", "singularity"),
             "podman": ("podman",), "c++ compiler": ("c++", "g++"), "ninja": ("ninja",)}  # fmt: skip
 
@@ -44,9 +41,9 @@ class Host:
     nvcc: str | None
     """Release of the CUDA compiler."""
     kernels: list[str]
-    """ColossalAI's compiled kernels in the user's cache."""
-    stale_locks: list[str]
-    """Locks of builds that died."""
+    """ColossalAI's kernels that are there ready, prebuilt or compiled by this user for this torch."""
+    build_locks: list[BuildLock]
+    """Locks of kernel builds, those of dead builders among them."""
     programs: dict[str, str | None]
     """Path of each program of `PROGRAMS`."""
 
@@ -60,7 +57,6 @@ def look(folder: Path) -> Host:
     """Look at this machine; `folder` is where results would go (its nearest parent that exists is measured)."""
     _, problem = load_nvml()
     memory, available = _memory()
-    cache = Path.home() / KERNEL_CACHE
     return Host(
         versions=versions(),
         cores=len(os.sched_getaffinity(0)),
@@ -71,8 +67,8 @@ def look(folder: Path) -> Host:
         devices=describe_devices(),
         no_devices=problem,
         nvcc=_nvcc(),
-        kernels=sorted(path.name for path in cache.glob("*/*.so")),
-        stale_locks=[str(path) for path in stale_locks(cache)],
+        kernels=kernels_here(),
+        build_locks=find_locks(),
         programs={name: _which(*choices) for name, choices in PROGRAMS.items()},
     )
 
@@ -81,11 +77,6 @@ def nearest(folder: Path) -> Path:
     """`folder`, or its nearest parent that exists."""
     folder = folder.absolute()
     return next(path for path in (folder, *folder.parents) if path.exists())
-
-
-def stale_locks(cache: Path) -> list[Path]:
-    """Build locks in `cache` that nobody holds any more, by their age."""
-    return sorted(path for path in cache.glob("*/lock") if time.time() - path.stat().st_mtime > STALE_LOCK_SECONDS)
 
 
 def _memory() -> tuple[int, int]:

@@ -10,7 +10,7 @@ import pytest
 from bench.launch import rank, readings
 from bench.launch.readings import add_lap_energy
 from bench.launch.supervise import run_trial
-from bench.measure import nvml
+from bench.measure import build_locks, nvml
 from bench.measure.timeline import Timeline, load_timeline
 from bench.record import Lap, Part, load_record
 from tests.fake_nvml import GIB, FakeNvml
@@ -151,3 +151,14 @@ def test_devices_of_all_nodes_stand_side_by_side_and_a_stranger_on_any_is_told(t
     assert readings.foreign_processes(own, others) == ["77 of node 1"]
     assert readings.flags(own, others) == ["throttled: hardware-thermal", "throttled: power-brake"]
     assert load_timeline(tmp_path / "t.json.gz")["nodes"]["1"]["devices"]["GPU-b"]["energy_joules"] == [0.0, 500.0]
+
+
+def test_the_build_lock_of_a_dead_builder_is_broken_before_ranks_start_and_the_record_says_so(on_device, driver, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(build_locks, "builders_are_in_sight", lambda _: True)
+    lock = tmp_path / "home/.cache/colossalai/torch_extensions/torch2.11_cuda-13.0-abc/lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    record = on_device()
+    assert not lock.exists()
+    assert "stale build lock broken" in record.flags

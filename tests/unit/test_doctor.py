@@ -1,11 +1,10 @@
-"""The doctor: what is missing is named with what would be right, and stale build locks are found."""
+"""The doctor: what is missing is named with what would be right, and so are build locks."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,16 @@ import pytest
 
 from bench.doctor import GIB, abilities, run_doctor
 from bench.measure import host as host_module
-from bench.measure.host import PROGRAMS, STALE_LOCK_SECONDS, Host, look, nearest, stale_locks
+from bench.measure.build_locks import BuildLock
+from bench.measure.host import PROGRAMS, Host, look, nearest
+from bench.measure.kernels import HYBRID_ADAM
 
 DEVICE = {"name": "NVIDIA H100 80GB HBM3", "memory_bytes": 80 * GIB, "driver": "580.1"}
 FULL = Host(
     versions={"python": "3.11.7", "torch": "2.11.0+cu130", "cuda": "13.0", "transformers": "4.51.3", "peft": "0.13.2",
               "colossalai": "0.5.0", "snakemake": "9.27.1"},
     cores=16, memory_bytes=128 * GIB, memory_available_bytes=120 * GIB, shared_memory_free_bytes=64 * GIB, disk_free_bytes=100 * GIB,
-    devices=[DEVICE, DEVICE], no_devices=None, nvcc="13.0", kernels=[], stale_locks=[],
+    devices=[DEVICE, DEVICE], no_devices=None, nvcc="13.0", kernels=[], build_locks=[],
     programs={name: f"/usr/bin/{name}" for name in PROGRAMS},
 )  # fmt: skip
 
@@ -64,26 +65,41 @@ def test_what_is_missing_is_named(changes: dict[str, Any], ability: str, need: s
 
 
 def test_kernels_that_are_compiled_need_no_compiler() -> None:
-    assert missing(nvcc=None, kernels=["cpu_adam_x86.so"]) == {}
+    assert missing(nvcc=None, kernels=list(HYBRID_ADAM)) == {}
 
 
-def test_a_build_lock_is_stale_only_after_its_build_must_have_ended(tmp_path: Path) -> None:
-    for name, age in (("old", STALE_LOCK_SECONDS + 60), ("new", 10)):
-        lock = tmp_path / name / "lock"
-        lock.parent.mkdir()
-        lock.touch()
-        os.utime(lock, (time.time() - age,) * 2)
-    assert stale_locks(tmp_path) == [tmp_path / "old" / "lock"]
-
-
-def test_the_text_says_how_to_remove_a_stale_lock_and_the_exit_code_whether_the_quick_start_can_run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("bench.doctor.look", lambda _: dataclasses.replace(FULL, stale_locks=["/cache/x/lock"]))
+def test_the_text_names_build_locks_with_their_age(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    held = BuildLock(path=Path("/cache/x/lock"), inode=1, age_seconds=70.2, builder=17, stale=False)
+    left = BuildLock(path=Path("/cache/y/lock"), inode=2, age_seconds=4000.0, builder=None, stale=True)
+    monkeypatch.setattr("bench.doctor.look", lambda _: dataclasses.replace(FULL, build_locks=[held, left]))
     assert run_doctor() == 0
     text = capsys.readouterr().out
-    assert "NVIDIA H100 80GB HBM3, 80 GiB, driver 580.1" in text
-    assert "Remove it: rm /cache/x/lock" in text
+    assert "Note: build lock /cache/x/lock, 70 s old: process 17 is building" in text
+    assert "Warning: build lock /cache/y/lock, 4000 s old: its build died" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "HybridAdam's (cpu_adam_x86, fused_optim_cuda) will be compiled at first use, about 2 minutes; nvcc 13.0"),
+        ({"kernels": ["fused_optim_cuda"]}, "HybridAdam's (cpu_adam_x86) will be compiled"),
+        ({"kernels": list(HYBRID_ADAM), "nvcc": None}, "HybridAdam's are built; nvcc none"),
+        ({"nvcc": None}, "HybridAdam's (cpu_adam_x86, fused_optim_cuda) are not built, and cannot be here; nvcc none"),
+        ({"devices": []}, "are not built, and cannot be here"),
+    ],
+)
+def test_the_text_says_whether_hybridadams_kernels_are_built(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], said: str
+) -> None:
+    monkeypatch.setattr("bench.doctor.look", lambda _: dataclasses.replace(FULL, **changes))
+    run_doctor()
+    assert said in capsys.readouterr().out
+
+
+def test_the_exit_code_says_whether_the_quick_start_can_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("bench.doctor.look", lambda _: FULL)
+    assert run_doctor() == 0
+    assert "NVIDIA H100 80GB HBM3, 80 GiB, driver 580.1" in capsys.readouterr().out
     monkeypatch.setattr("bench.doctor.look", lambda _: dataclasses.replace(FULL, memory_available_bytes=0))
     assert run_doctor() == 3
     assert "no   quick start, on the CPU" in capsys.readouterr().out

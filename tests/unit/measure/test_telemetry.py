@@ -212,7 +212,7 @@ def test_a_device_is_described_by_what_stays_the_same(driver):
         {
             "uuid": "GPU-x", "name": "NVIDIA Test 80GB", "part_number": "900-21010-0000-000", "vbios": "96.00.1", "memory_bytes": 80 * GIB,
             "compute_capability": "9.0",
-                "driver": "580.1", "power_limit_watts": 650.0, "power_default_limit_watts": 700.0, "highest_sm_clock_megahertz": 1980,
+            "driver": "580.1", "power_limit_watts": 650.0, "power_default_limit_watts": 700.0, "highest_sm_clock_megahertz": 1980,
             "highest_memory_clock_megahertz": 2619, "application_sm_clock_megahertz": 1980, "ecc": True, "pci_bus": "0000:00:00.0",
             "pcie_generation": 5, "pcie_width": 16, "nvlinks": 4, "mig_instance": False, "virtual": False, "unknown": {},
         }
