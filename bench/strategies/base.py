@@ -122,7 +122,7 @@ class Strategy(ABC):
 
     def unsupported(self, cell: Cell) -> str | None:
         """Why `cell` can never run under this strategy here, or None. Subclasses add to it."""
-        if missing := self.missing():
+        if missing := self.missing(cell.settings.container):
             return missing
         if cell.settings.precision not in self.precisions:
             return f"{self.name} does not offer precision {cell.settings.precision}; it offers {', '.join(sorted(self.precisions))}"
@@ -150,9 +150,9 @@ class Strategy(ABC):
             return f"{kind} weights cannot train; a lora_rank above 0, or `base_weights: stored`, would be right"
         return None
 
-    def missing(self) -> str | None:
-        """What it needs and is not installed here, or None."""
-        problems = [problem for requirement in self.requires if (problem := requirement.problem())]
+    def missing(self, container: str = "none") -> str | None:
+        """What it needs and is not installed here, or not in the image `container`, or None."""
+        problems = [problem for requirement in self.requires if (problem := requirement.problem(container))]
         return f"{self.name}: {'; '.join(problems)}" if problems else None
 
     def forced_settings(self, cell: Cell) -> dict[str, Any]:  # noqa: ARG002 (for those that force something)

@@ -74,6 +74,35 @@ def test_a_suite_skips_what_is_not_installed_and_plans_the_rest(versions, tmp_pa
     }
 
 
+@pytest.mark.parametrize(("container", "reason"), [
+    ("upstream", "fsdp: torch >= 2.6 is needed; seen: 2.5.1 in the image upstream"), ("current", None), ("cpu", None), ("none", None),
+])  # fmt: skip
+def test_a_plan_for_an_image_is_judged_by_what_the_image_holds(versions, tmp_path: Path, container: str, reason: str | None):
+    versions["torch"] = "2.13.0"
+    settings = {"device": "cpu", "precision": "fp32", "steps": 2}
+    axes = {"stage": ["sft"], "model": ["bloom-tiny"], "strategy": ["naive", "fsdp", "zero2"]}
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(json.dumps({"suite": "images", "axes": axes, "settings": settings}), encoding="utf-8")
+    plan = make_plan(suite, container=None if container == "none" else container)
+    assert [skipped.reason for skipped in plan.skipped] == ([reason] if reason else [])
+    assert {cell.strategy for cell in plan.cells.values()} == {"naive", "zero2"} | ({"fsdp"} if reason is None else set())
+
+
+def test_an_extra_that_an_image_does_not_hold_is_missing_there_though_it_is_installed_here(versions):
+    versions |= {"deepspeed": "0.19.8", "lightning-fabric": None}
+    assert all_strategies()["deepspeed_zero3"].missing() is None
+    reason = "deepspeed is not in the image current; `container: none` would be right where it is installed"
+    assert all_strategies()["deepspeed_zero3"].missing("current") == f"deepspeed_zero3: {reason}"
+
+
+def test_an_images_file_is_judged_by_its_note_and_without_one_not_at_all(tmp_path: Path):
+    file = tmp_path / "brought.sqfs"
+    need = Requirement("torch", "2.6")
+    assert need.problem(str(file)) is None
+    file.with_suffix(".json").write_text(json.dumps({"image": "upstream"}), encoding="utf-8")
+    assert need.problem(str(file)) == "torch >= 2.6 is needed; seen: 2.5.1 in the image upstream"
+
+
 def test_a_requirement_of_the_project_itself_is_not_judged_where_nothing_trains(versions):
     versions["torch"] = None
     assert Requirement("torch", "2.6").problem() is None

@@ -1,0 +1,46 @@
+"""What an image holds, by the locks that it is made from: a plan is judged by the environment in which its trials will run. Torch-free."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from functools import cache
+from pathlib import Path
+
+SOURCE_TREE = Path(__file__).resolve().parents[2]
+_LOCKED = re.compile(r"^([A-Za-z0-9._-]+)==(\S+)", re.MULTILINE)
+
+
+def image_name(container: str) -> str | None:
+    """The image behind a cell's `container`: its name in containers/images.toml, or that in the note beside an image's file.
+
+    None for `none`, and where it cannot be told.
+
+    >>> image_name("current"), image_name("none"), image_name("/nowhere/x.sqfs")
+    ('current', None, None)
+    """
+    name = container
+    if container.endswith(".sqfs"):
+        try:
+            name = str(json.loads(Path(container).expanduser().with_suffix(".json").read_text(encoding="utf-8"))["image"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+    return name if name in _images() else None
+
+
+def locked_versions(image: str) -> dict[str, str]:
+    """Package -> version in an image of containers/images.toml."""
+    return _read(tuple(_images()[image]))
+
+
+@cache
+def _images() -> dict[str, list[str]]:
+    table = tomllib.loads((SOURCE_TREE / "containers" / "images.toml").read_text(encoding="utf-8"))["images"]
+    return {name: [*item["locks"], item["sources"]] for name, item in table.items()}
+
+
+@cache
+def _read(locks: tuple[str, ...]) -> dict[str, str]:
+    texts = [(SOURCE_TREE / "envs" / lock).read_text(encoding="utf-8") for lock in locks]
+    return {name: version for text in texts for name, version in _LOCKED.findall(text)}
