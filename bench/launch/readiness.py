@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+from bench.container.fit import best, fits, problem
 from bench.container.images import image_named, images
 from bench.container.runtime import find_image
 from bench.data.manifest import load_manifest
@@ -25,7 +26,13 @@ def check_readiness(plan: Plan, root: Path) -> None:
     """Raise MachineError with everything that this machine lacks for `plan`, whose results would go to `root`."""
     host = look(root)
     check_images(plan)
-    lacks = [*_lacks_devices(plan, host), *_lacks_memory(plan, host), *_lacks_disk(plan, host), *_lacks_runtime(plan)]
+    lacks = [
+        *_lacks_devices(plan, host),
+        *_lacks_memory(plan, host),
+        *_lacks_disk(plan, host),
+        *_lacks_runtime(plan),
+        *_lacks_driver(plan, host),
+    ]
     if lacks:
         raise MachineError(
             "\n  ".join([f"this machine cannot run the suite {plan.suite}:", *lacks, "`coati-bench doctor` says what it has"])
@@ -41,7 +48,8 @@ def _lacks_devices(plan: Plan, host: Host) -> list[str]:
             f"its cells compute on CUDA devices; seen: {seen}; needed: {wanted} NVIDIA device{'s' * (wanted > 1)} "
             "(`device: cpu` in the settings runs small models without)"
         )
-    if wanted and host.versions.get("torch") and host.versions.get("cuda") is None:
+    here = any(cell.settings.device == "cuda" and cell.settings.container == "none" for cell in plan.cells.values())
+    if here and host.versions.get("torch") and host.versions.get("cuda") is None:
         lacks.append(f"torch must be a CUDA build; seen: {host.versions['torch']}; `python3 envs/install.py --family cuda` installs one")
     return lacks
 
@@ -99,6 +107,18 @@ def _lacks_runtime(plan: Plan) -> list[str]:
     if not _containers(plan) or shutil.which("apptainer") or shutil.which("singularity"):
         return []
     return ["its cells run in an image; seen: neither apptainer nor singularity on PATH; `container: none` needs none"]
+
+
+def _lacks_driver(plan: Plan, host: Host) -> list[str]:
+    """Images, known by name, that cannot use the devices that are here; whether there are enough is said apart."""
+    on_cuda = {cell.settings.container for cell in plan.cells.values() if cell.settings.device == "cuda"} & images().keys()
+    lacks = [f"the image {name} has torch's CPU build; its cells compute on CUDA devices" for name in on_cuda if not image_named(name).cuda]
+    problems = {name: problem(image_named(name), host.devices) for name in sorted(on_cuda) if host.devices}
+    if any(problems.values()):
+        fitting = best(fits(host.devices)).image
+        other = f"`--container {fitting.name}` fits" if fitting.cuda else "no image fits"
+        lacks += [f"the image {name} {said}; {other} this machine" for name, said in problems.items() if said]
+    return lacks
 
 
 def forget_lost_images(plan: Plan, layout: Layout) -> list[str]:

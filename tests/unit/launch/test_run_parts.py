@@ -68,6 +68,32 @@ def test_too_few_devices_are_counted(machine: Any, tmp_path: Path) -> None:
         check_readiness(plan_of(tmp_path, device="cuda"), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("image", "driver", "capability", "said"),
+    [
+        ("current", "550.54.15", "9.0", "the image current needs driver 580 or newer; seen: 550.54.15; `--container upstream` fits this"),
+        ("current", "580.1", "7.0", "the image current has no code for Card; seen: compute capability 7.0; it has 7.5"),
+        ("upstream", "470.1", "8.0", "the image upstream needs driver 525 or newer; seen: 470.1; no image fits this machine"),
+        ("cpu", "580.1", "9.0", "the image cpu has torch's CPU build; its cells compute on CUDA devices"),
+        ("current", "580.1", "9.0", None),
+        ("upstream", "530.1", "9.0", None),
+    ],
+)
+def test_an_image_that_cannot_use_the_devices_is_refused_before_it_is_built(
+    machine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, image: str, driver: str, capability: str, said: str | None
+) -> None:
+    device = {"name": "Card", "driver": driver, "compute_capability": capability, "memory_bytes": 80 << 30}
+    machine(devices=[device] * 2, no_devices=None, versions={"torch": "2.13.0+cpu", "cuda": None})
+    monkeypatch.setattr(readiness, "_lacks_runtime", lambda _: [])
+    plan = plan_of(tmp_path, device="cuda", container=image)
+    if said is None:
+        check_readiness(plan, tmp_path)
+    else:
+        with pytest.raises(MachineError) as error:
+            check_readiness(plan, tmp_path)
+        assert said in str(error.value)
+
+
 def test_a_model_larger_than_the_memory_is_refused(machine: Any, tmp_path: Path) -> None:
     machine(memory_bytes=1 << 20)
     with pytest.raises(MachineError, match=r"the states of its largest CPU cell need"):
