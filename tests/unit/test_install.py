@@ -214,6 +214,22 @@ def test_every_locked_requirement_is_exact_and_hashed_and_names_no_address() -> 
         assert not re.search(r"^-", text, re.MULTILINE)
 
 
+def test_the_family_upstream_installs_its_older_torch_and_no_other(project: Project) -> None:
+    project.lock("upstream", {"torch": "1.5", "triton": "1.0"})
+    done = project.install("--family", "upstream")
+    assert done.returncode == 0, done.stderr
+    assert "family upstream, torch 1.5" in done.stdout
+    assert project.installed() == {"torch": "1.5", "triton": "1.0"}
+    assert "up to date (upstream, torch 1.5)" in project.install("--family", "upstream").stdout
+
+
+def test_one_family_alone_cannot_change_the_sources_that_all_share() -> None:
+    lock, sources = load("lock"), (ROOT / "envs" / "sdist.lock").read_text(encoding="utf-8")
+    lock.check_sources(sources)
+    with pytest.raises(SystemExit, match=r"(?s)the sources would change for every family: .*without --family all locks are made anew"):
+        lock.check_sources(sources.replace("0.5.0", "0.5.1"))
+
+
 def test_an_extra_brings_nothing_that_a_family_has() -> None:
     versions = {name: load("lock").versions(text) for name, text in locks().items()}
     for name in load("install").extras():
