@@ -16,10 +16,11 @@ from bench.launch import assemble, meeting, queue, srun
 from bench.launch.allocation import GIB, allocation
 from bench.launch.command import Agents
 from bench.launch.meeting import Beacon, Sight
-from bench.launch.node import agent_environment, interface_towards
+from bench.launch.node import Meeting, agent_environment, interface_towards, start_agent
 from bench.launch.rank import node_path
 from bench.launch.single import read_rendezvous
 from bench.launch.srun import SrunAgents, agents_here
+from bench.measure import build_locks
 from bench.suite import Limits
 from bench.trial import make_trial
 
@@ -101,6 +102,20 @@ def test_ranks_talk_through_the_interface_that_leads_to_the_first_node(monkeypat
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
     found = agent_environment("127.0.0.1", ("GPU-1", "GPU-2"), ())
     assert (found["GLOO_SOCKET_IFNAME"], found["TP_SOCKET_IFNAME"], found["CUDA_VISIBLE_DEVICES"]) == ("ib0", "lo", "GPU-1,GPU-2")
+
+
+@pytest.mark.parametrize(("device", "broken"), [("cuda", True), ("cpu", False)])
+def test_every_node_breaks_the_build_lock_of_its_own_dead_builder(tmp_path, monkeypatch, device, broken):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(build_locks, "builders_are_in_sight", lambda _: True)
+    lock = tmp_path / ".cache/colossalai/torch_extensions/torch2.11_cuda-13.0-abc/lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    trial = make_trial(cell(2, device=device), 0, work=str(tmp_path / "work"))
+    (tmp_path / "work").mkdir()
+    agent = start_agent(trial, tmp_path / "trial.json", Meeting(node=1, address="127.0.0.1"), program="this")
+    agent.end()
+    assert lock.exists() is not broken
 
 
 def test_a_step_has_one_task_on_each_node_and_ends_whole(tmp_path):
