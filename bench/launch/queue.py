@@ -16,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from bench.errors import MachineError
+from bench.errors import MachineError, UserError
 
 PLUGIN = "snakemake_executor_plugin_slurm"
 LOOK_SECONDS = 5.0
@@ -36,6 +36,47 @@ def check_slurm() -> None:
         raise MachineError("the profile submits to Slurm; seen: no snakemake-executor-plugin-slurm; `make install-slurm` installs it")
     if lacks:
         raise MachineError(f"the profile submits to Slurm; seen: no {', '.join(lacks)} on PATH; a login node of the cluster would be right")
+
+
+def check_partitions(profile: Path) -> None:
+    """Raise UserError for a partition that this profile's folder asks for and the cluster does not have; nothing if sinfo is silent."""
+    known = _partitions()
+    unknown = [f"{name} ({where})" for where, name in asked_partitions(profile) if name not in known]
+    if known and unknown:
+        raise UserError(
+            f"{profile / 'config.yaml'}: a partition that does not exist: {', '.join(unknown)}; "
+            f"seen by sinfo: {', '.join(sorted(known))}; name one of these as slurm_partition"
+        )
+
+
+def asked_partitions(profile: Path) -> list[tuple[str, str]]:
+    """Where in the profile each partition is asked for, and its name; `gpu,cpu` asks for two."""
+    content = yaml.safe_load((profile / "config.yaml").read_text(encoding="utf-8")) or {}
+    asked = {"default-resources": content.get("default-resources")}
+    asked |= {f"set-resources: {rule}": resources for rule, resources in (content.get("set-resources") or {}).items()}
+    return [
+        (where, name.strip())
+        for where, resources in asked.items()
+        for name in str(_resources(resources).get("slurm_partition") or "").strip("'\"").split(",")
+        if name.strip()
+    ]
+
+
+def _resources(written: object) -> dict[str, object]:
+    """Resources as Snakemake takes them: a mapping, or a list of `name=value`."""
+    if isinstance(written, list):
+        pairs = (str(text).partition("=") for text in written)
+        return {name.strip(): value.strip() for name, _, value in pairs}
+    return written if isinstance(written, dict) else {}
+
+
+def _partitions() -> set[str]:
+    """Names of the cluster's partitions, hidden ones too; none if sinfo does not answer, of which squeue will speak."""
+    try:
+        done = subprocess.run(["sinfo", "--all", "-h", "-o", "%R"], capture_output=True, text=True, check=False, timeout=QUERY_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):
+        return set()
+    return set(done.stdout.split()) if done.returncode == 0 else set()
 
 
 class Queue:

@@ -21,7 +21,7 @@ from bench.data.sources import resolve
 from bench.errors import MachineError, UserError
 from bench.launch.follow import Follower
 from bench.launch.guard import Ended, Guarded
-from bench.launch.queue import Queue, check_slurm, uses_slurm
+from bench.launch.queue import Queue, check_partitions, check_slurm, uses_slurm
 from bench.launch.readiness import check_readiness, forget_lost_images, forget_unfinished
 from bench.launch.runlock import Held, hold
 from bench.layout import Layout
@@ -57,6 +57,7 @@ def run_suite(
     queue = Queue(layout.root) if uses_slurm(folder) else None
     if queue:
         check_slurm()
+        check_partitions(folder)
     with hold(layout.root) as lock:
         save_plan(plan, layout.plan)
         try:
