@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench.container.contents import check_contents
 from bench.container.images import DEFINITIONS, DIGESTS, SOURCE_TREE, Image, committed
 from bench.container.inputs import build_inputs, package_digest, package_files, text_digest
 from bench.container.requirements import source_requirements, wheel_requirements
@@ -80,7 +81,7 @@ def build(image: Image, *, cache: Path | None = None, archive: bool = False, any
 
     Raises MachineError, UserError.
     """
-    require("mmdebstrap", "buildah", "mksquashfs", "tar")
+    require("mmdebstrap", "buildah", "mksquashfs", "unsquashfs", "tar")
     folder = image_folder(cache)
     if found := find_built(image, folder, archive=archive, any_package=any_package):
         print(f"  {found.squashfs}: up to date; nothing to do", flush=True)
@@ -234,6 +235,7 @@ def keep(
     name = f"coati-bench-{image.name}-{digests['package'].removeprefix('sha256:')[:12]}"
     files = [folder / f"{name}.sqfs", *([folder / f"{name}.oci.tar"] if archive else [])]
     write_squashfs(image, stage_tag(image, "package"), scratch / files[0].name, environment)
+    check_contents(image, scratch / files[0].name)
     if archive:
         write_archive(image, scratch / "package", scratch / files[1].name)
     sums = {path.name: sha256_of(scratch / path.name) for path in files}

@@ -22,8 +22,9 @@ def image_name(container: str) -> str | None:
     """
     name = container
     if container.endswith(".sqfs"):
+        file = Path(container).expanduser()
         try:
-            name = str(json.loads(Path(container).expanduser().with_suffix(".json").read_text(encoding="utf-8"))["image"])
+            name = str(json.loads((file.parent / f"{file.name.split('.')[0]}.json").read_text(encoding="utf-8"))["image"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
     return name if name in _images() else None
