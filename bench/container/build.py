@@ -135,11 +135,8 @@ def check_rootfs(image: Image, path: Path) -> None:
 def debian_mirror() -> list[str]:
     """The mirror that this machine is set up with; where it has none, mmdebstrap knows Debian's own."""
     sources = Path("/etc/apt/sources.list.d/debian.sources")
-    if sources.exists():
-        for line in sources.read_text(encoding="utf-8").splitlines():
-            if line.startswith("URIs:"):
-                return [line.split()[1]]
-    return []
+    lines = sources.read_text(encoding="utf-8").splitlines() if sources.exists() else []
+    return [line.split()[1] for line in lines if line.startswith("URIs:")][:1]
 
 
 def make_context(image: Image, rootfs: Path, context: Path) -> Path:
