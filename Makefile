@@ -43,10 +43,10 @@ test: lint ## lint, then all tests; tests/gpu skip themselves without a GPU
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile -q
 
 test-cluster: install-slurm ## a real Slurm of three simulated hosts: root, minutes; says so where it is skipped
-	COATI_BENCH_CLUSTER=short OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 0 -q tests/cluster
+	COATI_BENCH_CLUSTER=short OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 0 -q -rs tests/cluster
 
 test-cluster-long: install-slurm ## what else goes wrong on a cluster
-	COATI_BENCH_CLUSTER=long OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 0 -q tests/cluster
+	COATI_BENCH_CLUSTER=long OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 0 -q -rs tests/cluster
 
 clean: ## remove .venv and what tools left behind; results stay
 	rm -rf $(VENV) .snakemake .pytest_cache .ruff_cache .mypy_cache .import_linter_cache build dist *.egg-info
