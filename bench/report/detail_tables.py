@@ -14,7 +14,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Speed and efficiency": (
         "mfu", "hfu", "vs_attainable", "model_tflops_per_second_per_device", "model_tflop_per_step", "learning_mfu", "decode_mbu",
         "loss_tokens_per_second_per_device", "tokens_per_second", "padded_tokens_per_second", "padding_efficiency", "samples_per_second",
-        "straggler_ratio", "time_to_first_step",
+        "straggler_ratio", "slowest_node_ratio", "time_to_first_step",
     ),
     "Phases": (
         "prompts_per_second", "prefill_tokens_per_second", "decode_tokens_per_second", "learning_tokens_per_second",

@@ -12,16 +12,28 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bench.cell import cell_to_json
-from bench.report.analysis import Analysis
+from bench.report.analysis import Analysis, CellResult
 from bench.report.metrics import METRICS
 from bench.report.provenance import without_paths
+from bench.report.scaling import KINDS, scaled
 
 LEADING = ("stage", "model", "strategy", "lora_rank", "nodes", "processes_per_node")
 
 
 def result_rows(analysis: Analysis) -> list[dict[str, Any]]:
     """One flat mapping for each record, in the order of the tables; a column that a stage lacks is None."""
-    return [_row(analysis, row.file) | {"file": row.file} for row in analysis.inventory.rows]
+    scaling = {result.cell.cell_id: _scaling(analysis, result) for result in analysis.results if result.trials}
+    return [
+        _row(analysis, row.file)
+        | {name: found.get(row.record.trial) for name, found in scaling[row.record.cell_id].items()}
+        | {"file": row.file}
+        for row in analysis.inventory.rows
+    ]
+
+
+def _scaling(analysis: Analysis, result: CellResult) -> dict[str, dict[int, float]]:
+    """Scaling efficiencies of a cell by trial number, as columns."""
+    return {f"{kind}_scaling_efficiency": scaled(result, analysis.of_stage(result.cell.stage), kind).efficiencies for kind in KINDS}
 
 
 def _row(analysis: Analysis, file: str) -> dict[str, Any]:
@@ -68,7 +80,12 @@ def result_table(rows: list[dict[str, Any]]) -> pa.Table:
 def _type(name: str, values: list[Any]) -> pa.DataType:
     """Metrics and mixed numbers are float64 whatever the data; a column without any value is text."""
     kinds = {type(value) for value in values if value is not None}
-    if name in METRICS or (name.startswith("parity_") and name.endswith("deviation")) or kinds in ({float}, {int, float}):
+    if (
+        name in METRICS
+        or (name.startswith("parity_") and name.endswith("deviation"))
+        or name.endswith("_scaling_efficiency")
+        or kinds in ({float}, {int, float})
+    ):
         return pa.float64()
     return {frozenset({int}): pa.int64(), frozenset({bool}): pa.bool_()}.get(frozenset(kinds), pa.string())
 

@@ -18,6 +18,7 @@ from bench.report.inventory import BadFile
 from bench.report.plots import Figure, stage_figures, style_of
 from bench.report.provenance import DataSet, Fact, data_sets, provenance_facts, run_facts, without_paths
 from bench.report.registry import Given, NoValue
+from bench.report.scaling import scaling_tables
 from bench.report.tables import Table, cell_words, stage_table
 from bench.report.text import counted, first_line, lora, shape
 from bench.stages.base import SPECS
@@ -199,7 +200,8 @@ def _stage(analysis: Analysis, stage: str) -> StagePart:
     table = stage_table(results, bands=bool(analysis.bands))
     strategies = tuple(name for name in analysis.strategies if any(result.cell.strategy == name for result in results))
     return StagePart(
-        stage, SPECS[stage].title, strategies, _grid(analysis, stage), table, (*detail_tables(results), *evidence_tables(results)),
+        stage, SPECS[stage].title, strategies, _grid(analysis, stage), table,
+        (*detail_tables(results), *scaling_tables(results), *evidence_tables(results)),
         tuple(stage_figures(analysis, stage)), tuple(_notes(results)),
     )  # fmt: skip
 

@@ -71,6 +71,26 @@ def straggler_ratio(trial: Trial) -> float:
     return max(totals) / median(totals)
 
 
+@metric(title="slowest node", unit="x", direction="lower", source=WINDOW, clocked=True)
+def slowest_node_ratio(trial: Trial) -> float:
+    """Median step time of the slowest node over that of the median node, a node being as slow as its slowest rank in each lap."""
+    times = node_step_seconds(trial)
+    if len(times) < 2:
+        raise NoValue("one node has no other to be slower than")
+    return max(times.values()) / median(times.values())
+
+
+def node_step_seconds(trial: Trial) -> dict[int, float]:
+    """Median over the laps of the window, for every node by its number: seconds of the node's slowest rank / steps of the lap."""
+    window = trial.timed()
+    nodes = [part.node for part in sorted(trial.record.parts, key=lambda part: part.rank)]
+    found: dict[int, list[float]] = {node: [] for node in sorted(set(nodes))}
+    for seconds, steps in zip(window.seconds_by_lap, window.steps_by_lap, strict=True):
+        for node, laps in found.items():
+            laps.append(max(value for value, place in zip(seconds, nodes, strict=True) if place == node) / max(steps, 1))
+    return {node: median(laps) for node, laps in found.items()}
+
+
 @metric(title="padding efficiency", unit="share of tokens", direction="higher", source=COUNTS, stages=("sft", "rm"))
 def padding_efficiency(trial: Trial) -> float:
     """Tokens that are not padding / tokens with padding, over the timed window. A count, so it holds on any machine."""
