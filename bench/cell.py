@@ -37,6 +37,14 @@ COATI_SWITCHES: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(config=STRICT, frozen=True, slots=True, kw_only=True)
+class Overlay:
+    """Packages of which a user's own checkout is used."""
+
+    colossalai: Name
+    """A checkout of ColossalAI, or its folder colossalai/; a relative path is meant from the suite's folder."""
+
+
+@dataclass(config=STRICT, frozen=True, slots=True, kw_only=True)
 class Settings:
     """Settings that every stage has."""
 
@@ -106,6 +114,9 @@ class Settings:
     """How ranks are started: `torchrun` (measured) or `fork` (CPU only, no timing claims)."""
     container: Name = "none"
     """Where ranks run: `none` (this environment), an image of containers/images.toml by name, or an image's file (.sqfs)."""
+    overlay: Overlay | None = None
+    """A checkout in the place of the installed package, as `{colossalai: PATH}`; the record has its hash, and reports call the row
+    modified."""
 
 
 @dataclass(config=STRICT, frozen=True, slots=True, kw_only=True)
@@ -259,7 +270,13 @@ def cell_to_json(cell: Cell) -> dict[str, Any]:
     """The flat form that stands in cell files and records: axes, then settings."""
     axes = {field.name: getattr(cell, field.name) for field in dataclasses.fields(cell) if field.name != "settings"}
     settings = {field.name: getattr(cell.settings, field.name) for field in dataclasses.fields(cell.settings)}
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in {**axes, **settings}.items()}
+    return {key: _plain(value) for key, value in {**axes, **settings}.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Overlay):
+        return dataclasses.asdict(value)
+    return list(value) if isinstance(value, tuple) else value
 
 
 def identity(cell: Cell) -> dict[str, Any]:
@@ -304,9 +321,10 @@ def digest(content: Any) -> str:
 def fingerprint(cell: Cell, data_sha256: dict[str, str], start_sha256: dict[str, str]) -> str:
     """Identity of what a trial computes: cell, settings, data, starting weights, schema major; no path, host or comment.
 
-    `data_sha256` maps data names, `start_sha256` roles (`tokenizer`, `policy`, `reward`) to hashes. Data counts by content:
+    `data_sha256` maps data names, `start_sha256` roles (`tokenizer`, `policy`, `reward`, `container`, `overlay:...`) to
+    hashes. Data counts by content:
     the same rows under another name or path are the same data.
     """
     by_content = {"data": data_sha256.get(cell.settings.data), "ptx": data_sha256.get(getattr(cell.settings, "ptx", "none"))}
-    named = {key: value for key, value in identity(cell).items() if key not in ("data", "ptx", "tokenizer_data")}
+    named = {key: value for key, value in identity(cell).items() if key not in ("data", "ptx", "tokenizer_data", "overlay")}
     return digest({"schema": SCHEMA_MAJOR, "cell": named, "data": by_content, "starts": start_sha256})

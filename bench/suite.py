@@ -18,6 +18,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from bench.cell import AXES, SETTINGS, STRICT, Count, Name, Positive, validate_settings
+from bench.checkout import package_folder
 from bench.errors import Mistake, SuiteError, UserError
 
 LARGEST_SUITE_BYTES = 1 << 20
@@ -206,14 +207,21 @@ def _written_out(content: Any, known: dict[int, int]) -> int:
 
 
 def _with_absolute_files(content: Any, folder: Path) -> Any:
-    """`content` with every `file:PATH` made absolute: a relative one is meant from the suite's own folder."""
+    """`content` with every `file:PATH` and overlay made absolute: a relative one is meant from the suite's own folder."""
     if isinstance(content, dict):
+        content = {key: _absolute_values(value, folder) if key == "overlay" else value for key, value in content.items()}
         return {key: _with_absolute_files(value, folder) for key, value in content.items()}
     if isinstance(content, list):
         return [_with_absolute_files(value, folder) for value in content]
     if isinstance(content, str) and content.startswith("file:") and len(content) > len("file:"):
         return f"file:{folder / Path(content.removeprefix('file:')).expanduser()}"
     return content
+
+
+def _absolute_values(overlay: Any, folder: Path) -> Any:
+    if not isinstance(overlay, dict):
+        return overlay
+    return {key: str(folder / Path(path).expanduser()) if path and isinstance(path, str) else path for key, path in overlay.items()}
 
 
 def _short(value: Any) -> Any:
@@ -335,6 +343,7 @@ def _setting_mistakes(content: dict[str, Any], known: Known, folder: Path) -> li
         for stage in stages:
             mistakes += _layer_mistakes(path, stage, settings)
         mistakes += _data_mistakes(path, settings, known, folder)
+        mistakes += _overlay_mistakes(path, settings)
     return mistakes
 
 
@@ -366,6 +375,18 @@ def _data_mistakes(path: str, settings: dict[str, Any], known: Known, folder: Pa
         if isinstance(name, str) and not (key == "ptx" and name == "none") and (problem := known.data_problem(name, folder)):
             mistakes.append(Mistake(f"{path}.{key}", problem, name))
     return mistakes
+
+
+def _overlay_mistakes(path: str, settings: dict[str, Any]) -> list[Mistake]:
+    overlay = settings.get("overlay")
+    checkout = overlay.get("colossalai") if isinstance(overlay, dict) else None
+    if not checkout or not isinstance(checkout, str):
+        return []
+    try:
+        package_folder(Path(checkout), "colossalai")
+    except UserError as error:
+        return [Mistake(f"{path}.overlay.colossalai", str(error), checkout)]
+    return []
 
 
 def suite_schema() -> dict[str, Any]:

@@ -28,6 +28,8 @@ class Trial:
     """What it begins from; `name` is the role: tokenizer, policy, reward. A checkpoint folder each."""
     image: Input | None = None
     """The image's file that its ranks run in, by digest; null where they run in this environment."""
+    overlay: Input | None = None
+    """A folder with a copy of the checkout that its ranks import in the place of an installed package, by the hash of its files."""
     save_to: str | None = None
     """Folder for the trained weights (merged, with tokenizer); null saves none."""
     work: str
@@ -47,7 +49,7 @@ class Trial:
     @property
     def fingerprint(self) -> str:
         """Identity of what this trial computes."""
-        starts = [*self.starts, *([self.image] if self.image else [])]
+        starts = [*self.starts, *(item for item in (self.image, self.overlay) if item)]
         return fingerprint(self.parsed_cell, {item.name: item.sha256 for item in self.data}, {item.name: item.sha256 for item in starts})
 
     def start(self, role: str) -> Input | None:

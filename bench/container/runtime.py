@@ -17,6 +17,8 @@ from typing import NamedTuple
 from bench.container.build import built_here, image_folder, note_paths
 from bench.container.images import SOURCE_TREE, image_named
 from bench.container.inputs import package_digest
+from bench.container.overlay import PACKAGE as OVERLAID
+from bench.container.overlay import SITE_PACKAGES
 from bench.container.verify import check_file
 from bench.errors import MachineError, UserError
 from bench.layout import cache_folder
@@ -31,15 +33,16 @@ OWN_VARIABLES = frozenset(
 
 
 class Bind(NamedTuple):
-    """A path of the host that is seen inside under the same name."""
+    """A path of the host that is seen inside, under the same name unless `inside` gives another."""
 
     path: Path
     writable: bool = False
+    inside: Path | None = None
 
     @property
     def option(self) -> str:
         """As Apptainer and podman read it."""
-        return f"{self.path}:{self.path}:{'rw' if self.writable else 'ro'}"
+        return f"{self.path}:{self.inside or self.path}:{'rw' if self.writable else 'ro'}"
 
 
 class Found(NamedTuple):
@@ -80,9 +83,10 @@ def container_of(trial: Trial) -> Container | None:
     suite = work.parents[2] if len(work.parents) > 2 and work.parents[1].name == "logs" else work
     writable = [suite, work, *([Path(trial.save_to).parent] if trial.save_to else [])]
     read = [Path(item.path).parent for item in trial.data] + [Path(item.path) for item in trial.starts] + [cache_folder()]
+    over = [Bind(Path(trial.overlay.path) / OVERLAID, inside=SITE_PACKAGES / OVERLAID)] if trial.overlay else []
     return Container(
         image=Path(trial.image.path),
-        binds=tuple([Bind(path, writable=True) for path in writable] + [Bind(path) for path in read if path.exists()]),
+        binds=tuple([Bind(path, writable=True) for path in writable] + [Bind(path) for path in read if path.exists()] + over),
         gpu=trial.parsed_cell.settings.device == "cuda",
         own_package=trial.image.facts.get("package_sha256") == package_digest(),
     )
@@ -119,9 +123,9 @@ class Container(NamedTuple):
 
     def covers(self, other: Container) -> bool:
         """Whether what runs in this one sees all that `other` must see."""
-        binds = {bind.path: bind.writable for bind in self.binds}
+        binds = {(bind.path, bind.inside): bind.writable for bind in self.binds}
         return (self.image, self.gpu, self.own_package) == (other.image, other.gpu, other.own_package) and all(
-            bind.path in binds and binds[bind.path] >= bind.writable for bind in other.binds
+            (bind.path, bind.inside) in binds and binds[bind.path, bind.inside] >= bind.writable for bind in other.binds
         )
 
     def variables(self, variables: Mapping[str, str]) -> dict[str, str]:
@@ -147,7 +151,8 @@ def outermost(binds: Iterable[Bind]) -> list[Bind]:
     >>> [str(it.path) for it in outermost([Bind(Path("/a/b"), True), Bind(Path("/a")), Bind(Path("/a"))])]
     ['/a', '/a/b']
     """
-    merged: dict[Path, bool] = {}
+    merged: dict[Path, Bind] = {}
     for bind in binds:
-        merged[bind.path] = merged.get(bind.path, False) or bind.writable
-    return [Bind(path, writable) for path, writable in sorted(merged.items(), key=lambda item: (len(item[0].parts), item[0]))]
+        place = bind.inside or bind.path
+        merged[place] = bind._replace(writable=bind.writable or (place in merged and merged[place].writable))
+    return [merged[place] for place in sorted(merged, key=lambda place: (len(place.parts), place))]

@@ -64,6 +64,8 @@ def flags(trial: Trial, parts: list[Part]) -> list[str]:
     """What a reader must know: switches of old semantics, settings that the strategy forced, missing ranks, too short a window."""
     cell = trial.parsed_cell
     found = [f"semantics: {switch}" for switch in cell.semantics_switches]
+    if trial.overlay is not None:
+        found.append(f"modified: {trial.overlay.facts['package']} {trial.overlay.sha256[:12]}")
     if (step := resumed_step(parts)) is not None:
         found.append(f"resumed: step {step}")
     found += [f"forced: {key}={value}" for key, value in sorted(all_strategies()[cell.strategy].forced_settings(cell).items())]
@@ -102,6 +104,7 @@ def make_provenance(trial: Trial, *, command: list[str], variables: dict[str, st
         "missing_nodes": [node for node in range(trial.parsed_cell.nodes) if notes and node not in notes],
         "node_differences": node_differences(notes),
         "image": None if trial.image is None else {"file": Path(trial.image.path).name, **trial.image.facts},
+        "overlay": None if trial.overlay is None else {**trial.overlay.facts, "tree_sha256": trial.overlay.sha256},
         "command": command,
         "environment": first["environment"],
         "model": _model(trial.parsed_cell),

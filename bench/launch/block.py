@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from bench.container.overlay import overlay_input
 from bench.errors import UserError
 from bench.launch.alone import alone
 from bench.launch.command import PROGRAM
@@ -84,7 +85,7 @@ def planned_trial(plan: Plan, block: Block, layout: Layout, cell_id: str) -> tup
     starts = start_inputs(layout, block.starts.get(cell_id, {}), number)
     saved = layout.chained(cell_id, number) if cell_id in block.saves else None
     trial = make_trial(
-        cell, number, data=data_inputs(layout, cell), starts=starts.inputs, image=image_input(cell),
+        cell, number, data=data_inputs(layout, cell), starts=starts.inputs, image=image_input(cell), overlay=overlay_input(cell),
         save_to=None if saved is None else str(saved), work=str(layout.logs(cell_id, number)), limits=plan.limits,
     )  # fmt: skip
     return trial, starts.problem

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from bench.cell import Cell
+from bench.container.overlay import overlaid
 from bench.container.runtime import container_of
 from bench.launch.environment import rank_environment
 from bench.launch.guard import Ended, Guarded
@@ -64,9 +65,9 @@ def visible_devices(devices: Sequence[str]) -> dict[str, str]:
 
 
 def contained(line: list[str], trial: Trial, environment: dict[str, str]) -> tuple[list[str], dict[str, str]]:
-    """`line` and its environment inside the trial's image, or as they are. Raises MachineError without a runtime."""
+    """`line` and its environment inside the trial's image, or as they are but for its overlay. Raises MachineError without a runtime."""
     container = container_of(trial)
-    return (line, environment) if container is None else (container.command(line), container.variables(environment))
+    return (line, overlaid(trial, environment)) if container is None else (container.command(line), container.variables(environment))
 
 
 class Agents:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from bench.cell import Cell
+from bench.container.overlay import overlaid
 from bench.container.runtime import Container, container_of
 from bench.launch.command import LOOPBACK, PROGRAM
 from bench.launch.environment import rank_environment
@@ -45,6 +46,7 @@ class ForkParent:
         self._choose_port, self._keep = choose_port, keep
         self._process: _ParentProcess | None = None
         self._container: Container | None = None
+        self._overlay: str | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -88,14 +90,15 @@ class ForkParent:
 
     def _running(self, trial: Trial) -> _ParentProcess:
         """The parent process, in the trial's image if it has one; one that sees less than this trial needs is replaced."""
-        container = container_of(trial)
+        container, overlay = container_of(trial), trial.overlay and trial.overlay.path
         fits = self._container is None if container is None else self._container is not None and self._container.covers(container)
+        fits = fits and self._overlay == overlay
         if self._process is not None and (not fits or self._process.guard.wait(0) is not None):
             self.close()
         if self._process is None:
-            self._container = container
+            self._container, self._overlay = container, overlay
             self._log.parent.mkdir(parents=True, exist_ok=True)
-            environment = rank_environment({"GLOO_SOCKET_IFNAME": "lo"}, self._search_path)
+            environment = overlaid(trial, rank_environment({"GLOO_SOCKET_IFNAME": "lo"}, self._search_path))
             line = [sys.executable, "-m", "bench.launch.fork", "--program", self._program, "--preload", json.dumps(self._preload)]
             self._process = _ParentProcess(line, environment, self._log, self._keep, container)
             answer = self._process.answer(READY_SECONDS) or {}

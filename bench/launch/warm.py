@@ -14,6 +14,7 @@ from typing import Any
 
 from bench.cell import digest
 from bench.checkpoint import checkpoint_sha256
+from bench.container.overlay import overlay_input
 from bench.data.formats import read_rows
 from bench.data.manifest import Manifest, load_manifest
 from bench.errors import BenchError, MachineError, UserError
@@ -120,7 +121,7 @@ def _cell(plan: Plan, warm: Warm, layout: Layout, target: Path, **launch: Any) -
     weights, record_path = folder / "weights", folder / "record.json"
     starts = start_inputs(layout, warm.starts, 0)
     trial = make_trial(
-        warm.cell, 0, data=data_inputs(layout, warm.cell), starts=starts.inputs, image=image_input(warm.cell), save_to=str(weights),
+        warm.cell, 0, data=data_inputs(layout, warm.cell), starts=starts.inputs, image=image_input(warm.cell), overlay=overlay_input(warm.cell), save_to=str(weights),
         work=str(folder / "work"), limits=plan.limits,
     )  # fmt: skip
     if done := _is_done(target, trial.fingerprint, weights):

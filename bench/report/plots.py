@@ -73,6 +73,8 @@ def _label(result: CellResult, members: Sequence[CellResult]) -> str:
     label = cell.strategy if cell.world_size == 1 else f"{cell.strategy} {shape(cell)}"
     if len({it.cell.settings.precision for it in members}) > 1:
         label += f" {cell.settings.precision}"
+    if cell.settings.overlay is not None:
+        label += " modified"
     return label
 
 

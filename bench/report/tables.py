@@ -15,7 +15,7 @@ from bench.report.statistics import Summary
 from bench.report.text import DASH, lora, number, ratio, shape, spread
 
 IDENTITY = ("stage", "model", "strategy", "lora_rank", "nodes", "processes_per_node")
-HIDDEN_SETTINGS = ("tokenizer_data",)
+HIDDEN_SETTINGS = ("tokenizer_data", "overlay")
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,13 +116,22 @@ def identity_columns(results: Sequence[CellResult]) -> list[tuple[Column, Make]]
     adapters = Column("LoRA", "rank", "Rank of the adapters; full trains all parameters.", numeric=True)
     ranks = Column("nodes × ranks", "per node", "Nodes times processes per node.")
     columns: list[tuple[Column, Make]] = [
-        (strategy, lambda it: TableCell(it.cell.strategy, sort=it.cell.strategy)),
+        (strategy, _strategy),
         (adapters, lambda it: TableCell(lora(it.cell), sort=it.cell.lora_rank)),
         (ranks, lambda it: TableCell(shape(it.cell), sort=it.cell.world_size)),
     ]
     if len({result.cell.model for result in results}) > 1:
         columns.insert(1, (Column("model"), lambda it: TableCell(it.cell.model, sort=it.cell.model)))
     return columns
+
+
+def _strategy(result: CellResult) -> TableCell:
+    """The strategy, and which package was somebody's own checkout instead of the installed one."""
+    overlaid = [flag.removeprefix("modified: ") for flag in result.flags if flag.startswith("modified: ")]
+    if result.cell.settings.overlay is None and not overlaid:
+        return TableCell(result.cell.strategy, sort=result.cell.strategy)
+    hint = f"runs another package than the installed one: {', '.join(overlaid) or 'of this trial there is no record'}"
+    return TableCell(result.cell.strategy, "modified", result.cell.strategy, "warn", hint)
 
 
 def _setting(name: str) -> tuple[Column, Make]:
