@@ -121,8 +121,8 @@ def _cell(plan: Plan, warm: Warm, layout: Layout, target: Path, **launch: Any) -
     weights, record_path = folder / "weights", folder / "record.json"
     starts = start_inputs(layout, warm.starts, 0)
     trial = make_trial(
-        warm.cell, 0, data=data_inputs(layout, warm.cell), starts=starts.inputs, image=image_input(warm.cell), overlay=overlay_input(warm.cell), save_to=str(weights),
-        work=str(folder / "work"), limits=plan.limits,
+        warm.cell, 0, data=data_inputs(layout, warm.cell), starts=starts.inputs, image=image_input(warm.cell),
+        overlay=overlay_input(warm.cell), save_to=str(weights), work=str(folder / "work"), limits=plan.limits,
     )  # fmt: skip
     if done := _is_done(target, trial.fingerprint, weights):
         return done, True

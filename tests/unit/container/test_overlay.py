@@ -4,6 +4,7 @@ import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,6 +17,7 @@ from bench.launch.assemble import flags, make_provenance
 from bench.launch.command import contained
 from bench.matrix import make_plan
 from bench.record import Input
+from bench.report.tables import identity_columns
 from bench.trial import make_trial
 
 SUITE = """
@@ -80,6 +82,15 @@ def test_the_record_has_its_hash_and_is_flagged(checkout, tmp_path):
     assert said["overlay"] == {"package": "colossalai", "tree_sha256": digest}
     assert f"modified: colossalai {digest[:12]}" in flags(trial, [])
     assert not [flag for flag in flags(dataclasses.replace(trial, overlay=None), []) if flag.startswith("modified")]
+
+
+def test_the_report_labels_its_row():
+    plain = SimpleNamespace(cell=cell(), flags=())
+    overlaid = SimpleNamespace(cell=cell(overlay={"colossalai": "/x"}), flags=("modified: colossalai abc",))
+    make = identity_columns([plain, overlaid])[0][1]
+    assert (make(plain).text, make(plain).note) == ("naive", "")
+    assert (make(overlaid).text, make(overlaid).note) == ("naive", "modified")
+    assert make(overlaid).hint.endswith("colossalai abc")
 
 
 def test_the_same_files_elsewhere_are_the_same_trial_and_an_edit_makes_another(checkout, tmp_path):
