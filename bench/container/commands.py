@@ -116,3 +116,31 @@ def wheelhouse(
     total = sum(path.stat().st_size for path in house.iterdir())
     print(f"{house}: {len(list(house.glob('*.whl')))} wheels, {total / 1e6:,.0f} MB. On the host, in a virtual environment:")
     print(f"  python -m pip install --no-index --no-deps --require-hashes --find-links {house.name} -r {house.name}/requirements.txt")
+
+
+@app.command()
+def bill(
+    image: Annotated[
+        str, typer.Argument(metavar="IMAGE", help="An image by name (from its locks), or its file (.sqfs; Debian's part, too).")
+    ],
+    licences: Annotated[bool, typer.Option("--licences", help="Print the table of licences instead.")] = False,
+    output: Annotated[Path | None, typer.Option("--output", help="Write to this file.")] = None,
+) -> None:
+    """What an image is made of: a bill of materials (CycloneDX 1.6, JSON), or a table of licences."""
+    from bench.container.bill_of_materials import cyclonedx, licence_table, of_file, of_locks
+    from bench.container.images import image_named, images
+    from bench.container.verify import check_file
+
+    if image.endswith(".sqfs"):
+        note = check_file(Path(image))
+        materials, name, version = of_file(Path(image)), note["image"], note["digest"]
+    else:
+        materials, name, version = of_locks(image_named(image)), image, "locks"
+    epoch = (images().get(name) or next(iter(images().values()))).epoch
+    name = f"coati-bench-{name}"
+    text = f"{licence_table(materials)}\n" if licences else cyclonedx(materials, name=name, version=version, epoch=epoch)
+    if output is None:
+        print(text, end="")
+    else:
+        output.write_text(text, encoding="utf-8")
+        print(f"{output}: {len(materials)} packages")

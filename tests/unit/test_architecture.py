@@ -76,7 +76,7 @@ def test_everything_imported_is_a_stated_requirement() -> None:
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    as_imported = {"pyyaml": "yaml", "nvidia-ml-py": "pynvml"}
+    as_imported = {"pyyaml": "yaml", "nvidia-ml-py": "pynvml", "cyclonedx-python-lib": "cyclonedx", "packageurl-python": "packageurl"}
     stated = {item.split(">")[0].split("=")[0] for item in sum(project["optional-dependencies"].values(), project["dependencies"])}
     known = {as_imported.get(name, name).replace("-", "_") for name in stated} | set(sys.stdlib_module_names) | {"bench", "tests"}
     own = {path.stem for folder in ("tests", "envs", "docs", "benchmarks") for path in (ROOT / folder).rglob("*.py")}
