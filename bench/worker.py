@@ -35,6 +35,7 @@ from bench.measure.consistency import inconsistency
 from bench.measure.evidence.judge import Declared
 from bench.measure.evidence.watch import EvidenceWatch, learning_rates
 from bench.measure.memory import MemoryWatch
+from bench.measure.preflight import preflight
 from bench.needs import networks
 from bench.record import Evidence, Lap, Memory, Outcome, Part, save_part
 from bench.resume import Resume
@@ -140,7 +141,7 @@ class Rank:
         """The life of a rank."""
         self.heart.enter("start")
         strategy, place = self._start()
-        self._spend("start", time.time() - self._born)
+        self._spend("start", time.time() - self._born - self.found.seconds.get("preflight", 0.0))
         self.heart.enter("load")
         self._evidence = EvidenceWatch(self.cell, declared(strategy, self.trial, place), partial(networks, self.cell), place.device)
         stage = self._load(self._evidence.beside(strategy), place)
@@ -170,6 +171,7 @@ class Rank:
         device = choose_device(self.cell.settings.device, self.local_rank)
         seed_everything(self.trial.seed)
         join_group(device, self.trial.limits.heartbeat_seconds)
+        self._preflight(device)
         strategy = all_strategies()[self.cell.strategy]
         strategy.start(self.cell, device)
         seed_everything(self.trial.seed)
@@ -177,6 +179,13 @@ class Rank:
         self.found.watch = MemoryWatch(device)
         self.found.facts |= machine_facts(device) | strategy_facts(strategy, self.trial)
         return strategy, self._place(device)
+
+    def _preflight(self, device: torch.device) -> None:
+        """Network, clocks and code of all nodes, before any framework is started; the first rank of each node keeps what was found."""
+        if dist.get_world_size() > 1:
+            found = preflight(device, self.node)
+            self._spend("preflight", found["seconds"])
+            self.found.facts |= {"preflight": found} if self.local_rank == 0 else {}
 
     def _place(self, device: torch.device) -> Place:
         size = self.cell.model_parallel_size
@@ -272,7 +281,7 @@ class Rank:
         """The one extra synchronisation, in the first lap: how long it took to get going, evaluation and evidence left out."""
         synchronise(place.device)
         since = time.time() - self._born
-        self._spend("time_to_first_step", since - sum(self.found.seconds.get(what, 0.0) for what in ("evaluate", "evidence")))
+        self._spend("time_to_first_step", since - sum(self.found.seconds.get(what, 0.0) for what in ("preflight", "evaluate", "evidence")))
 
     # -- findings ----------------------------------------------------------------------------------------------------
 

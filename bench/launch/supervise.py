@@ -31,6 +31,7 @@ from bench.launch.watch import Stop, Watched, dump_stacks, listening, watch
 from bench.layout import telemetry_path
 from bench.measure.build_locks import break_stale_locks
 from bench.measure.nvml import Device
+from bench.measure.preflight import preflight_flags
 from bench.measure.provenance import utc_now
 from bench.measure.telemetry import Telemetry
 from bench.record import Part, Record, load_part, save_record
@@ -155,7 +156,8 @@ def _try(trial: Trial, launcher: Launcher, stop: Stop, devices: list[Device], te
     if (strangers := foreign_processes(own, others)) and verdict.outcome == "ok":
         verdict = Verdict("invalid", f"a process of somebody else computed on the devices meanwhile: {', '.join(strangers)}")
     observed = _observed(trial, watched) | observe(own, others, seen.parts, telemetry_file)
-    return Try(verdict=verdict, parts=tuple(seen.parts.values()), observed=observed, flags=tuple(flags(own, others)))
+    parts = tuple(seen.parts.values())
+    return Try(verdict=verdict, parts=parts, observed=observed, flags=(*flags(own, others), *preflight_flags(parts)))
 
 
 def _gather(trial: Trial, job: Job, watched: Watched, stop: Stop, kills: int) -> Seen:

@@ -119,6 +119,12 @@ def _package_sha256() -> str:
 
 
 @cache
+def code_identity() -> dict[str, str | None]:
+    """What tells this node's code from another's: sha256 over the package, the image's name (its digest is part of it) and its locks."""
+    return {"package_sha256": _package_sha256(), "container": _container(), "container_locks_sha256": _container_locks()}
+
+
+@cache
 def machine() -> dict[str, Any]:
     """What this node is: system, CPU, NUMA, memory, network, container, devices and how they are linked, and what was measured of it.
 
