@@ -144,3 +144,22 @@ def bill(
     else:
         output.write_text(text, encoding="utf-8")
         print(f"{output}: {len(materials)} packages")
+
+
+@app.command()
+def pyxis(
+    trial: Annotated[Path, typer.Argument(metavar="TRIAL", help="A trial.json of a suite that ran with --container.")],
+) -> None:
+    """UNTESTED: print a trial's line for srun with Enroot and Pyxis, for an allocation whose first node is $HEAD."""
+    from pydantic import ValidationError
+
+    from bench.container.pyxis import WARNING, pyxis_line
+    from bench.errors import UserError
+    from bench.trial import load_trial
+
+    try:
+        loaded = load_trial(trial)
+    except (OSError, ValueError, ValidationError) as error:
+        seen = str(error).partition("\n")[0]
+        raise UserError(f"{trial}: no trial; seen: {seen}; a trial.json below results/SUITE/logs/ would be right") from None
+    print(f"# {WARNING}\n{pyxis_line(loaded, trial.absolute())}")

@@ -118,7 +118,7 @@ class Container(NamedTuple):
             )
         return [
             program, "exec", "--contain", "--home", str(_home()), *(["--nv"] if self.gpu else []),
-            *(word for bind in self._binds() for word in ("--bind", bind.option)), str(self.image), PYTHON, *line[1:],
+            *(word for bind in self.mounts for word in ("--bind", bind.option)), str(self.image), PYTHON, *line[1:],
         ]  # fmt: skip
 
     def covers(self, other: Container) -> bool:
@@ -140,7 +140,9 @@ class Container(NamedTuple):
             "PYTHONPATH": PACKAGE if self.own_package else f"{SOURCE_TREE}:{PACKAGE}",
         }
 
-    def _binds(self) -> list[Bind]:
+    @property
+    def mounts(self) -> list[Bind]:
+        """All that is bound, this package's source tree included where the image's is another."""
         source = [] if self.own_package else [Bind(SOURCE_TREE)]
         return [*source, *outermost(self.binds)]
 
