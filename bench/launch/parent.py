@@ -90,7 +90,7 @@ class ForkParent:
 
     def _running(self, trial: Trial) -> _ParentProcess:
         """The parent process, in the trial's image if it has one; one that sees less than this trial needs is replaced."""
-        container, overlay = container_of(trial), trial.overlay and trial.overlay.path
+        container, overlay = container_of(trial), trial.overlay.path if trial.overlay else None
         fits = self._container is None if container is None else self._container is not None and self._container.covers(container)
         fits = fits and self._overlay == overlay
         if self._process is not None and (not fits or self._process.guard.wait(0) is not None):
