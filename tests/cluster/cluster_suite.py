@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -31,6 +32,19 @@ stages:
 limits: {{timeout_seconds: {timeout}, heartbeat_seconds: {heartbeat}}}
 """
 
+STAGES_IN_AN_IMAGE = """
+suite: small
+axes: {{stage: [sft, rm, ppo], model: [bloom-tiny], strategy: [ddp], nodes: [2]}}
+settings: {{device: cpu, precision: fp32, tokenizer_vocabulary: 1024, warm_start: none, container: {image}}}
+stages:
+  sft: {{data: synthetic-instruct, steps: 4, lap_steps: 2, micro_batch: 1, global_batch: 2, sequence_length: 128, learning_rate: 1e-2}}
+  rm: {{data: synthetic-pairs, steps: 4, lap_steps: 2, micro_batch: 1, global_batch: 2, sequence_length: 64, learning_rate: 2e-3}}
+  ppo:
+    {{data: synthetic-prompts, iterations: 2, prompts_per_iteration: 4, global_batch: 4, micro_batch: 2, prompt_length: 24,
+      response_length: 12, learning_rate: 2e-3, ptx: synthetic-instruct, ptx_coef: 0.1}}
+limits: {{timeout_seconds: 300, heartbeat_seconds: 120}}
+"""
+
 
 class Bench:
     """One suite in a folder that all hosts share."""
@@ -39,19 +53,29 @@ class Bench:
         self.slurm, self.folder, self.suite = slurm, folder, folder / "small.yaml"
         self.layout = Layout(folder / "results" / "small")
         self.environment = {**os.environ, "OMP_NUM_THREADS": "1", "COATI_BENCH_CACHE": str(cache)}
+        self._prepared = cache / "prepared"
         self._started: list[subprocess.Popen[bytes]] = []
 
     def plan(self, axes: str, *, steps: int = 4, lap: int = 2, timeout: float = 300, heartbeat: float = 120) -> None:
         """Write the suite and its plan."""
-        self.suite.write_text(SUITE.format(axes=axes, steps=steps, lap=lap, timeout=timeout, heartbeat=heartbeat))
+        self.write_plan(SUITE.format(axes=axes, steps=steps, lap=lap, timeout=timeout, heartbeat=heartbeat))
+
+    def write_plan(self, suite: str) -> None:
+        """Write a suite's file and its plan."""
+        self.suite.write_text(suite)
         self.call("plan", str(self.suite), "--write", "--results", str(self.layout.root.parent))
 
     def prepare(self) -> None:
-        """Make what trials begin from, by the lines that `plan --commands` prints."""
+        """Make what trials begin from, by the lines that `plan --commands` prints; the same for every test, so made once."""
+        if self._prepared.exists():
+            shutil.copytree(self._prepared, self.layout.root, dirs_exist_ok=True)
+            return
         text = self.call("plan", str(self.suite), "--commands", "--results", str(self.layout.root.parent)).stdout
         for line in text.splitlines():
             if line.startswith(("coati-bench data ", "coati-bench warm ")):
                 self.call(*line.split()[1:])
+        for name in ("data", "warm"):
+            shutil.copytree(self.layout.root / name, self._prepared / name)
 
     def call(self, *arguments: str, seconds: float = 120.0) -> subprocess.CompletedProcess[str]:
         """Run `coati-bench` on the login node."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 
 import pytest
 from cluster_hosts import command_of, end
-from cluster_suite import wait_until
+from cluster_suite import STAGES_IN_AN_IMAGE, wait_until
+
+from bench.container.runtime import find_image
+from bench.errors import UserError
 
 TOLERANCE = 1e-4
 RANKS = ("bench.worker", "bench.launch.rank")
@@ -44,6 +48,30 @@ def test_losses_at_one_two_and_three_nodes_are_those_of_one_process(bench):
     jobs = bench.slurm.login("squeue", "-h", "-t", "all", "-o", "%i %D %k").stdout
     assert {line.split()[1] for line in jobs.splitlines() if "rule_block" in line} == {"1", "2", "3"}
     assert (bench.layout.report / "report.html").exists()
+
+
+def test_every_stage_runs_on_two_nodes_in_the_image(bench):
+    image = image_built_here()
+    bench.write_plan(STAGES_IN_AN_IMAGE.format(image=image.file))
+    assert bench.run().wait(300) == 0, bench.said()
+    records = {record.cell["stage"]: record for record in bench.records()}
+    assert set(records) == {"sft", "rm", "ppo"}
+    for record in records.values():
+        assert (record.outcome, record.launcher) == ("ok", "srun"), record.reason
+        assert [part.world_size for part in record.parts] == [2, 2]
+        assert len({part.hostname for part in record.parts}) == 2
+        seen = [machine["container"] for machine in record.provenance["machines"]]
+        assert seen == [image.file.name, image.file.name]  # the name carries the digest
+
+
+def image_built_here():
+    """The cpu image, if the user's cache has it and Apptainer is there: building it takes minutes, so that is not done here."""
+    if shutil.which("apptainer") is None:
+        pytest.skip("no cells in an image: Apptainer is not installed")
+    try:
+        return find_image("cpu")
+    except UserError as error:
+        pytest.skip(f"no cells in an image: {error}")
 
 
 def test_lines_typed_on_three_hosts_in_any_order_make_one_record(bench):
@@ -111,12 +139,12 @@ def test_a_node_cut_off_in_mid_step_is_a_timeout_and_its_ranks_end_by_themselves
 
 
 def test_a_trial_over_its_time_limit_is_ended_on_all_nodes(bench):
-    bench.plan("strategy: [ddp], nodes: [2]", steps=5000, timeout=45)
+    bench.plan("strategy: [ddp], nodes: [2]", steps=5000, timeout=30)
     bench.prepare()
     bench.submit(bench.the_block(), 2)
     record = bench.record(150)
     assert (record.outcome, record.attempt) == ("timeout", 1)
-    assert record.reason.startswith("longer than 45 s (")
+    assert record.reason.startswith("longer than 30 s (")
     assert record.observed["time_to_detection_seconds"] < 5
     bench.slurm.await_quiet(60)
     assert bench.slurm.hosts.with_text(*RANKS) == []
