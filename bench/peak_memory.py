@@ -7,7 +7,8 @@ States (`bench.needs`) are always there. On top of them comes the largest of som
 * the optimizer step: all gradients, their fp32 copies in modes with master weights, and what AdamW computes beside them;
 * PPO: also scoring (logits without gradient) and the rollout (key-value cache, logits of one position, the draw).
 
-Left out: buffers of communication, gathered chunks, the workspaces of matrix products (64 MiB on an H100), and fragmentation.
+Left out: buffers of communication, chunks and layers gathered one by one, the workspaces of matrix products (64 MiB on an H100),
+and fragmentation.
 """
 
 from __future__ import annotations
@@ -95,6 +96,10 @@ class _Plan:
             found += sum(size for what, size in there.items() if what not in self.strategy.offloaded)
         return found
 
+    def gathered_bytes(self, model: Network) -> int:
+        """Weights that are whole beside their shards while the loss of `model` is computed."""
+        return model.parameters * CACHE_BYTES[self.cell.settings.precision] if self.strategy.gathers_whole else 0
+
     def step_bytes(self, model: Network) -> float:
         """What an optimizer step makes beside its states: fp32 copies of 16-bit gradients, where parameters are whole, and AdamW's
         square roots of all second moments at once, if it is torch's plain one.
@@ -115,8 +120,9 @@ def _training(plan: _Plan, role: str, work: Sequences, heads: float, beside: flo
     kept = kept_bytes(model, work, settings.precision, checkpointing=settings.activation_checkpointing)
     one = layer_bytes(model, work, settings.precision)
     loss = one if model.scalar_head else max(one, head_bytes(plan.shape, heads, settings.precision))
+    work_bytes = kept + loss + beside + plan.gathered_bytes(model)
     earlier = role if plan.cell.accumulation > 1 else None
-    yield Moment(name=f"loss of the {role}", state_bytes=plan.states(gradients_of=earlier), work_bytes=kept + loss + beside)
+    yield Moment(name=f"loss of the {role}", state_bytes=plan.states(gradients_of=earlier), work_bytes=work_bytes)
     yield Moment(name=f"step of the {role}", state_bytes=plan.states(gradients_of=role), work_bytes=plan.step_bytes(model))
 
 

@@ -111,6 +111,8 @@ class Strategy(ABC):
     never train (the base under LoRA, PPO's reference policy and reward model)."""
     offloaded: ClassVar[frozenset[str]] = frozenset()
     """What lies in host memory between its uses, and so takes none of the device's: parameters, gradients, optimizer."""
+    gathers_whole: ClassVar[bool] = False
+    """Whether all weights of a model in shards are whole on every rank at the end of its forward pass, until its backward pass."""
     requires: ClassVar[tuple[Requirement, ...]] = ()
     """Packages and versions without which no cell can run."""
     model_parallel: ClassVar[bool] = False

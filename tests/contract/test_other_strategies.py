@@ -12,7 +12,8 @@ from bench.record import Part
 from bench.strategies.base import all_strategies
 from tests.trials import SIZES, only, run_forked, tiny_cell, tiny_trial
 
-STRATEGIES = ["deepspeed_zero2", "deepspeed_zero3", "fabric", "fsdp"]
+STRATEGIES = [name for name, kind in all_strategies().items() if not kind.uses_colossalai and name not in ("naive", "ddp")]
+"""Found by listing; naive is what they are compared with, ddp is tested beside ColossalAI's."""
 SERIES = dict.fromkeys(SIZES, ("loss", "gradient_norm")) | {
     "ppo": ("loss", "gradient_norm", "critic_gradient_norm", "reward", "kl", "entropy", "value_loss", "policy_loss", "ptx_loss")
 }

@@ -21,9 +21,6 @@ from tests.contract.strategy_work import _outputs, device_of, make_cell, make_en
 
 import_colossalai()
 
-SAVERS = ["ddp", "zero2", "gemini", "fsdp"]
-"""One of each way of laying out a model: whole, states sharded, chunks, tensors sharded."""
-
 
 def best_precision(strategy: str) -> str:
     return "fp32" if "fp32" in all_strategies()[strategy].precisions else "bf16-master"
@@ -35,7 +32,8 @@ def usable(strategy: str, ranks: int, **changes: Any) -> Any:
     return cell if all_strategies()[strategy].unsupported(cell) is None else None
 
 
-LOADERS = [(name, 2) for name in all_strategies() if usable(name, 2)] + [("naive", 1), ("ddp", 1), ("zero2", 1), ("gemini", 1)]
+SAVERS = [name for name in all_strategies() if usable(name, 2)]
+LOADERS = [(name, 2) for name in SAVERS] + [("naive", 1), ("ddp", 1), ("zero2", 1), ("gemini", 1)]
 
 
 def train_and_save(cell: Any, folder: str) -> None:
@@ -123,8 +121,11 @@ def train_adapters(cell: Any, folder: str) -> dict[str, float]:
     }  # fmt: skip
 
 
+ADAPTED = ["naive", *(name for name in SAVERS if "fp32" in all_strategies()[name].precisions and usable(name, 2, lora_rank=4))]
+
+
 @pytest.mark.parametrize("model", ["bloom-tiny", "qwen2-tiny"])
-@pytest.mark.parametrize("strategy", ["naive", "ddp", "zero2", "fsdp"])
+@pytest.mark.parametrize("strategy", ADAPTED)
 def test_live_merged_and_reloaded_adapters_agree_on_tied_models(strategy: str, model: str, tmp_path: Path) -> None:
     cell = make_cell(strategy, 1 if strategy == "naive" else 2, model=model, lora_rank=4)
     seen = run_ranks(train_adapters, cell.world_size, cell, str(tmp_path / "weights"))[0]
