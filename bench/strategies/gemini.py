@@ -80,11 +80,20 @@ class GeminiEngine(Engine):
         """See `Engine.full_state`. Gathers chunk by chunk."""
         import torch.distributed as dist
 
+        self._take_over_late_updates()
         state = self.module.state_dict(only_rank_0=True)
         if dist.get_rank() != 0:
             return None
         dtype = storage_dtype(self._precision)
         return {name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None, copy=True) for name, tensor in state.items()}
+
+    def _take_over_late_updates(self) -> None:
+        """Round into working chunks in host memory what their masters have become. ColossalAI does so only when such a chunk next moves to
+        the device (`Chunk.optim_sync_flag`), but under accumulation `state_dict` reads working chunks where they lie.
+        """
+        for chunk in self._optimizer.chunk16_set:
+            if not chunk.optim_sync_flag:
+                chunk.cpu_shard.copy_(chunk.paired_chunk.cpu_shard)
 
     def training_state(self) -> dict[str, Any]:
         """See `Engine.training_state`: this rank's shares of the chunks that the optimizer updates, and its moments."""
