@@ -40,7 +40,8 @@ def _row(analysis: Analysis, file: str) -> dict[str, Any]:
     trial = analysis.trials[file]
     record, parity, band = trial.record, analysis.parities.get(file), analysis.bands.get(file)
     cell = cell_to_json(trial.cell)
-    settings = {name: json.dumps(value) if isinstance(value, list) else value for name, value in cell.items() if name not in LEADING}
+    written = {name: without_paths(json.dumps(value)) if isinstance(value, (list, dict)) else value for name, value in cell.items()}
+    settings = {name: value for name, value in written.items() if name not in LEADING}
     window = trial.window
     return {
         **{name: cell[name] for name in LEADING},
