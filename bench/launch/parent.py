@@ -28,6 +28,9 @@ PRELOAD = (
 )  # fmt: skip
 """Imported once, before any rank exists; what cannot be imported is left to the rank that needs it."""
 
+ALONE = {"GLOO_SOCKET_IFNAME": "lo", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+"""Ranks of one machine; and no thread that old torch (seen: 2.5.1) starts for compilers on import, with which nothing can be forked."""
+
 READY_SECONDS = 300.0
 """Longest wait for the imports."""
 
@@ -98,7 +101,7 @@ class ForkParent:
         if self._process is None:
             self._container, self._overlay = container, overlay
             self._log.parent.mkdir(parents=True, exist_ok=True)
-            environment = overlaid(trial, rank_environment({"GLOO_SOCKET_IFNAME": "lo"}, self._search_path))
+            environment = overlaid(trial, rank_environment(ALONE, self._search_path))
             line = [sys.executable, "-m", "bench.launch.fork", "--program", self._program, "--preload", json.dumps(self._preload)]
             self._process = _ParentProcess(line, environment, self._log, self._keep, container)
             answer = self._process.answer(READY_SECONDS) or {}
