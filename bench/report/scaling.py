@@ -47,7 +47,7 @@ def scaling_tables(results: Sequence[CellResult]) -> list[Detail]:
         Line(tuple(make(result) for _, make in makers), result.cell.strategy, first)
         for result, first in zip(shown, starts_of_groups(shown), strict=True)
     )
-    return [Detail(TITLE, Table(tuple(column for column, _ in makers), lines, ()), _absent(shown, results))]
+    return [Detail(TITLE, Table(tuple(column for column, _ in makers), lines, ()), tuple(_why_none(shown, results)))]
 
 
 def scaled(result: CellResult, results: Sequence[CellResult], kind: Kind) -> Scaled:
@@ -84,10 +84,9 @@ def _rates(result: CellResult) -> dict[int, float]:
 def _base(cell: Cell, results: Sequence[CellResult], kind: Kind) -> CellResult | None:
     """The same strategy on one rank, with the batch that `kind` keeps."""
     share = 1 if kind == "strong" else cell.data_parallel_size
-    wanted = _batches(cell, share)
-    return next(
-        (it for it in results if it.cell.world_size == 1 and _family(it.cell) == _family(cell) and _batches(it.cell) == wanted), None
-    )
+    wanted, family = _batches(cell, share), _family(cell)
+    alone = (it for it in results if it.cell.world_size == 1 and _batches(it.cell) == wanted)
+    return next((it for it in alone if _family(it.cell) == family), None)
 
 
 def _family(cell: Cell) -> str:
@@ -173,12 +172,8 @@ def _node_times(trial: Trial) -> dict[int, float]:
         return {}
 
 
-def _absent(shown: Sequence[CellResult], results: Sequence[CellResult]) -> tuple[str, ...]:
-    """Why a kind of scaling has no column at all."""
-    return tuple(_why_none(shown, results))
-
-
 def _why_none(shown: Sequence[CellResult], results: Sequence[CellResult]) -> Iterator[str]:
+    """Why a kind of scaling has no column at all."""
     for kind in KINDS:
         found = [scaled(result, results, kind) for result in shown if result.cell.world_size > 1]
         if not any(item.efficiencies for item in found):
