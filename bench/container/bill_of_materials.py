@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from bench.container.images import Image
 from bench.container.overlay import SITE_PACKAGES
-from bench.container.requirements import read_lock, source_requirements, wheel_requirements
+from bench.container.requirements import image_packages
 from bench.container.tools import require
 from bench.errors import MachineError, UserError
 
@@ -48,8 +48,8 @@ class Material(NamedTuple):
 
 def of_locks(image: Image) -> list[Material]:
     """The Python packages that the image's locks name."""
-    locked = read_lock(f"{wheel_requirements(image)}\n{source_requirements(image)}")
-    return [Material("pypi", it.name, it.version, _licence_here(it.name, it.version), tuple(_DIGEST.findall(it.text))) for it in locked]
+    packages = image_packages(image)
+    return [Material("pypi", it.name, it.version, _licence_here(it.name, it.version), tuple(_DIGEST.findall(it.text))) for it in packages]
 
 
 def of_file(file: Path) -> list[Material]:

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 from bench.container.images import Image
-from bench.container.requirements import read_lock, source_requirements, wheel_requirements
+from bench.container.requirements import image_packages
 from bench.errors import MachineError
 
 _INSTALLED = re.compile(r"/site-packages/([^/]+?)-([^/-]+)\.(?:dist|egg)-info$", re.MULTILINE)
@@ -15,7 +15,7 @@ _INSTALLED = re.compile(r"/site-packages/([^/]+?)-([^/-]+)\.(?:dist|egg)-info$",
 
 def check_contents(image: Image, squashfs: Path) -> None:
     """Raise MachineError, naming what is missing, unless all that the image's locks name was installed."""
-    locked = {(plain(item.name), plain(item.version)) for text in _requirements(image) for item in read_lock(text)}
+    locked = {(plain(item.name), plain(item.version)) for item in image_packages(image)}
     absent = sorted(f"{name}=={version}" for name, version in locked - installed(squashfs))
     if absent:
         some = ", ".join(absent[:5]) + (", ..." if len(absent) > 5 else "")
@@ -23,10 +23,6 @@ def check_contents(image: Image, squashfs: Path) -> None:
             f"{squashfs.name}: {len(absent)} of {len(locked)} locked packages are not in the image; missing: {some}; the output of the "
             "stage environment says why"
         )
-
-
-def _requirements(image: Image) -> tuple[str, str]:
-    return wheel_requirements(image), source_requirements(image)
 
 
 def installed(squashfs: Path) -> set[tuple[str, str]]:

@@ -31,7 +31,7 @@ def fits(devices: Sequence[dict[str, Any]] | None = None) -> list[Fit]:
 
 
 def best(found: Sequence[Fit]) -> Fit:
-    """The image to take: of those that fit, the first for devices that does without nothing, else for devices, else the CPU's."""
+    """The image to take: of those that fit, the first for devices that has no limit, else for devices, else the CPU's."""
     fitting = [item for item in found if item.problem is None]
     return min(fitting, key=lambda item: (item.image.driver is None, item.limit is not None))
 

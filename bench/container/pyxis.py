@@ -1,6 +1,7 @@
 """A trial's step for sites whose Slurm runs containers by Enroot and Pyxis. Rendered, UNTESTED: no such site was at hand. Torch-free.
 
-Options as Pyxis 0.20 documents them; Enroot takes a squashfs as it is. srun starts the container on every node, in it torchrun's agent.
+Options as its wiki has them (NVIDIA/pyxis, Usage, November 2025); Enroot takes a squashfs as it is. srun starts the container on every
+node, in it torchrun's agent.
 """
 
 from __future__ import annotations

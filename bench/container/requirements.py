@@ -36,6 +36,11 @@ def source_requirements(image: Image) -> str:
     return "".join(f"{item.text}\n" for item in sorted(lock_named(image.sources)))
 
 
+def image_packages(image: Image) -> list[Locked]:
+    """All Python packages of the image: its wheels, then what it builds from source."""
+    return [*read_lock(wheel_requirements(image)), *lock_named(image.sources)]
+
+
 def lock_named(name: str) -> list[Locked]:
     """The requirements of a lock in envs/."""
     return read_lock((SOURCE_TREE / "envs" / name).read_text(encoding="utf-8"))
