@@ -80,9 +80,10 @@ def plan(
     if _format(format) == "json":
         content = {**plan_to_json(made), **plan_forecast(made, results, price), "images": fits_to_json(fits())}
         typer.echo(json.dumps(content, indent=1))
+    elif commands:
+        typer.echo(command_text(made, results))
     else:
-        notes = [*plan_notes(made, results, price), image_line(fits())]
-        typer.echo(command_text(made, results) if commands else plan_text(made, notes))
+        typer.echo(plan_text(made, [*plan_notes(made, results, price), image_line(fits())]))
 
 
 @app.command()
