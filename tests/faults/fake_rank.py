@@ -36,7 +36,9 @@ def behaviour(trial: Trial) -> dict[str, str]:
 
 
 def beat(trial: Trial, rank: int, phase: str, step: int) -> None:
-    trial.heartbeat_path(rank).write_text(json.dumps({"phase": phase, "step": step}))
+    draft = trial.heartbeat_path(rank).with_suffix(f".{os.getpid()}")
+    draft.write_text(json.dumps({"phase": phase, "step": step}))
+    draft.rename(trial.heartbeat_path(rank))  # never half of one, as a real rank's
 
 
 def leave_part(trial: Trial, rank: int, outcome: str = "ok", reason: str | None = None, step: int = 10) -> None:
