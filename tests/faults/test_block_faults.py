@@ -132,7 +132,7 @@ def test_a_block_that_was_killed_goes_on_where_it_was(shared, wait_until, gone):
     code = block_program(shared.target("sft"))
     process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])})
     stray = shared.layout.logs(block.cells[1], 0).parent / "stray0.pid"
-    assert wait_until(lambda: stray.exists() and stray.read_text(), 30)
+    assert wait_until(lambda: stray.exists() and stray.read_text(), 60)
     process.kill()
     process.wait()
     first = shared.layout.record(block.cells[0], 0)
@@ -154,9 +154,9 @@ def test_an_interrupted_block_exits_130_and_leaves_neither_block_file_nor_record
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}, stdout=subprocess.PIPE, text=True
     )
     work = shared.layout.logs(block.cells[0], 0)
-    assert wait_until((work / "heartbeat0.json").exists, 30)
+    assert wait_until((work / "heartbeat0.json").exists, 60)
     process.terminate()
-    out, _ = process.communicate(timeout=20)
+    out, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "interrupted by SIGTERM; run it again to go on" in out
     assert not shared.target("sft").exists()

@@ -24,7 +24,7 @@ from bench.data.manifest import load_manifest
 from bench.data.sources import Source
 from bench.errors import DataError, MachineError, UserError
 
-HASTY = Patience(connect_seconds=5, stall_seconds=0.4, total_seconds=20, fruitless_tries=3, pause_seconds=0.01, longest_pause_seconds=0.02)
+HASTY = Patience(connect_seconds=5, stall_seconds=1.5, total_seconds=20, fruitless_tries=3, pause_seconds=0.01, longest_pause_seconds=0.02)
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -186,14 +186,14 @@ def test_a_truncated_download_is_resumed_where_it_stopped(server: Server, tmp_pa
 def test_a_server_that_falls_silent_is_asked_again(server: Server, tmp_path: Path) -> None:
     def stall(handler: Any) -> None:
         send_file(handler, 80_000)
-        time.sleep(1.5)
+        time.sleep(6)
 
     server.answers = [stall]
     begun = time.monotonic()
     get(source(f"{server.url}/wild.json"), tmp_path)
     assert is_whole(tmp_path)
     assert server.requests[1][1] == "bytes=80000-"
-    assert time.monotonic() - begun < 1.4
+    assert time.monotonic() - begun < 6
 
 
 def test_a_trickle_ends_at_the_total_time_limit_and_what_came_is_kept(server: Server, tmp_path: Path) -> None:

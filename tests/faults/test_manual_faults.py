@@ -117,7 +117,7 @@ def test_a_failed_rank_on_another_node_is_the_trials_end_on_all(typed):
     assert trial.end(0)[0] == trial.end(1)[0] == 0
     record = load_record(trial.record_path)
     assert (record.outcome, "rank 1 ended with exit code 3" in record.reason) == ("error", True)
-    assert record.observed["time_to_detection_seconds"] < 10
+    assert record.observed["time_to_detection_seconds"] < 30
 
 
 def test_a_node_whose_command_is_killed_ends_its_ranks_and_the_trial(typed, wait_until, gone):
@@ -133,7 +133,7 @@ def test_a_node_whose_command_is_killed_ends_its_ranks_and_the_trial(typed, wait
     # whichever is noticed first: its rank's end, or its silence
     assert record.reason.startswith(("rank 1 ended with SIGTERM (phase train", "node 1 (")), record.reason
     detected = record.observed["time_to_detection_seconds"]
-    assert detected is None or detected < 20  # a node's silence, unlike a rank's end, has no moment to count from
+    assert detected is None or detected < 30  # a node's silence, unlike a rank's end, has no moment to count from
     assert wait_until(lambda: gone([*below[0], *below[1]]))
 
 

@@ -38,7 +38,7 @@ def supervisor(fake_trial, tmp_path, wait_until):
         )  # fmt: skip
         work = Path(trial.work)
         beats = [trial.heartbeat_path(0), trial.heartbeat_path(1)]
-        assert wait_until(lambda: all(map(hangs, beats)) and (tmp_path / "stray1.pid").exists(), 30)
+        assert wait_until(lambda: all(map(hangs, beats)) and (tmp_path / "stray1.pid").exists(), 60)
         ranks = [read_process(work, rank).pid for rank in (0, 1)]
         return process, [*descendants([process.pid]), *ranks, int((tmp_path / "stray1.pid").read_text())]
 
@@ -52,14 +52,14 @@ def test_nothing_survives_a_supervisor_that_was_killed(supervisor, launcher, wai
     process.wait()
     process.stdout.close()
     assert len(everyone) >= 5
-    assert wait_until(lambda: gone(everyone), 8)
+    assert wait_until(lambda: gone(everyone), 30)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_trial_is_cancelled_and_leaves_no_record_that_blocks_the_next_run(supervisor, number, tmp_path, gone):
     process, everyone = supervisor("fork")
     process.send_signal(number)
-    out, _ = process.communicate(timeout=20)
+    out, _ = process.communicate(timeout=60)
     assert out.strip() == "cancelled"
     assert gone(everyone)
     assert not (tmp_path / "record.json").exists()

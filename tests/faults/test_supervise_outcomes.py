@@ -46,23 +46,23 @@ def test_ranks_that_finish_leave_an_ok_record_with_all_parts(run):
 
 
 def test_a_rank_that_is_silent_ends_the_trial_as_timeout_and_is_named_with_its_place(run, tmp_path):
-    record = run({1: "hang", 0: "beat_for_ever"}, heartbeat_seconds=0.7)
+    record = run({1: "hang", 0: "beat_for_ever"}, heartbeat_seconds=3.0)
     assert record.outcome == "timeout"
-    assert record.reason == "rank 1 was silent for more than 0.7 s (phase train, step 7)"
-    assert 0.7 < record.observed["time_to_detection_seconds"] < 3
+    assert record.reason == "rank 1 was silent for more than 3 s (phase train, step 7)"
+    assert 3 < record.observed["time_to_detection_seconds"] < 20
     assert record.observed["ended_by_supervisor"] == [0, 1]
     assert "missing ranks: 0, 1" in record.flags
     assert "fake_rank.py" in (tmp_path / "work" / "rank1.log").read_text(), "the stacks of a silent rank stand in its log"
 
 
 def test_a_trial_longer_than_its_limit_is_a_timeout(run):
-    record = run({0: "beat_for_ever", 1: "beat_for_ever"}, timeout_seconds=0.7)
+    record = run({0: "beat_for_ever", 1: "beat_for_ever"}, timeout_seconds=4.0)
     assert record.outcome == "timeout"
-    assert record.reason.startswith("longer than 0.7 s (rank 0: phase train, step ")
+    assert record.reason.startswith("longer than 4 s (rank 0: phase train, step ")
 
 
 def test_a_rank_that_ignores_sigterm_is_killed(run):
-    record = run({1: "hang_deaf"}, heartbeat_seconds=0.7)
+    record = run({1: "hang_deaf"}, heartbeat_seconds=3.0)
     assert record.outcome == "timeout"
     assert record.observed["exits"] == {"0": "exit code 0", "1": "SIGKILL"}
 
@@ -97,7 +97,7 @@ def test_the_other_ranks_are_ended_when_they_do_not_follow_one_that_failed(run):
     record = run({0: "hang", 1: "exit_three"})
     assert record.reason.startswith("rank 1 ended with exit code 3")
     assert record.observed["ended_by_supervisor"] == [0]
-    assert time.monotonic() - begin < 9
+    assert time.monotonic() - begin < 60  # not for the 600 s that the other one sleeps
 
 
 def test_a_memory_error_without_part_is_out_of_host_memory(run):
