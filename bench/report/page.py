@@ -28,6 +28,7 @@ SYMBOLS = {
     "struck": "≠",
     "failed": "✕",
     "skipped": "–",
+    "partly": "◐",
     "missing": "?",
 }
 STATE_WORDS = {
@@ -35,9 +36,10 @@ STATE_WORDS = {
     "struck": "ran, but is struck",
     "failed": "a trial did not end ok",
     "skipped": "impossible, with a reason",
+    "partly": "ran; a planned trial has no record",
     "missing": "planned, no record",
 }
-WORST_FIRST = ("failed", "struck", "missing", "ok", "skipped")
+WORST_FIRST = ("failed", "struck", "missing", "partly", "ok", "skipped")
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,4 +277,6 @@ def _state(result: CellResult) -> str:
         return "failed"
     if result.struck:
         return "struck"
-    return "missing" if result.missing else "ok"
+    if result.missing:
+        return "partly" if result.ok else "missing"
+    return "ok"

@@ -99,7 +99,7 @@ def _largest_moment(trial: Trial) -> Moment:
     shape = shape_in(trial)
     found = peak_moment(trial.cell, shape, length=_longest(trial), heads=_per_micro_batch(trial, "loss_tokens"))
     if found is None:
-        raise NoValue("no theory of the peak of a model that is split over ranks, or whose activations are not known")
+        raise NoValue(f"no theory of the peak of {shape.model_type}, of which it is not known what its layers keep")
     return found
 
 

@@ -166,6 +166,12 @@ def test_skipped_and_missing_cells_are_listed_with_reasons(tmp_path: Path) -> No
     assert "sft · bloom-tiny · zero1 · full · 1 × 1 · trial 0" in text
 
 
+def test_what_ran_tells_cells_with_some_of_their_trials_from_those_with_none(tmp_path: Path) -> None:
+    root = suite_folder(tmp_path, quick_suite(), trials=2, extra=(make_cell("sft", "zero1"),))
+    text = text_of(report(root, tmp_path / "out"))
+    assert "◐ ran; a planned trial has no record ? planned, no record" in text
+
+
 def test_invalid_files_are_named_and_not_dropped(tmp_path: Path) -> None:
     root = suite_folder(tmp_path, quick_suite())
     good = next((root / "records").rglob("*.json"))
