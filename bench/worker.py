@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -39,6 +39,7 @@ from bench.measure.preflight import preflight
 from bench.needs import networks
 from bench.record import Evidence, Lap, Memory, Outcome, Part, save_part
 from bench.resume import Resume
+from bench.shared_disk import patiently
 from bench.stages.base import Place, Stage, StepReport, build_stage
 from bench.strategies.base import Strategy, all_strategies
 from bench.trial import Trial, load_trial
@@ -70,7 +71,7 @@ class Invalid(Exception):  # noqa: N818 (an outcome, not an error)
 
 
 class Heartbeat:
-    """Says in a file where the rank is; the file's time is the beat."""
+    """Says in a file where the rank is; the file's time is the beat. A beat that the disk refuses is missed: the supervisor times that."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._last = path, 0.0
@@ -79,11 +80,16 @@ class Heartbeat:
     def enter(self, phase: str, step: int | None = None) -> None:
         """Beat at a change of phase or a lap's edge."""
         self.phase, self.step = phase, self.step if step is None else step
-        text = json.dumps({"phase": self.phase, "step": self.step}).ljust(BEAT_BYTES)
-        file = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o644)
-        os.write(file, text.encode())  # over the last beat, of the same length: cheaper than a new file, and never half of one
-        os.close(file)  # what other nodes need to see it on a shared file system
         self._last = time.monotonic()
+        with suppress(OSError):
+            self._write(json.dumps({"phase": self.phase, "step": self.step}).ljust(BEAT_BYTES))
+
+    def _write(self, text: str) -> None:
+        file = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o644)
+        try:
+            os.write(file, text.encode())  # over the last beat, of the same length: cheaper than a new file, and never half of one
+        finally:
+            os.close(file)  # what other nodes need to see it on a shared file system
 
     def beat(self) -> None:
         """Beat if the last one is `BEAT_SECONDS` old."""
@@ -321,18 +327,16 @@ class Rank:
             self.found.series.setdefault(name, []).append(value if finite else LARGEST)
 
     def write(self, ending: Ending) -> None:
-        """Write this rank's part."""
-        watch = self.found.watch
-        save_part(
-            Part(
-                rank=self.rank, local_rank=self.local_rank, node=self.node, world_size=self.world_size, hostname=socket.gethostname(),
-                pid=os.getpid(), outcome=ending.outcome, reason=ending.reason, phase=self.heart.phase, step=self.heart.step,
-                resumed_step=self.found.resumed_step, laps=self.found.laps, series=self.found.series, held_out=self.found.held_out,
-                seconds=self.found.seconds, facts=self.found.facts, memory=Memory() if watch is None else watch.read(),
-                evidence=self.found.evidence,
-            ),
-            self.trial.part_path(self.rank),
+        """Write this rank's part; a disk that is full for a moment is waited for, as all that was measured is in it."""
+        watch, path = self.found.watch, self.trial.part_path(self.rank)
+        part = Part(
+            rank=self.rank, local_rank=self.local_rank, node=self.node, world_size=self.world_size, hostname=socket.gethostname(),
+            pid=os.getpid(), outcome=ending.outcome, reason=ending.reason, phase=self.heart.phase, step=self.heart.step,
+            resumed_step=self.found.resumed_step, laps=self.found.laps, series=self.found.series, held_out=self.found.held_out,
+            seconds=self.found.seconds, facts=self.found.facts, memory=Memory() if watch is None else watch.read(),
+            evidence=self.found.evidence,
         )  # fmt: skip
+        patiently(lambda: save_part(part, path), path, "what this rank found")
 
 
 # -- set-up ----------------------------------------------------------------------------------------------------------
@@ -488,10 +492,12 @@ def run_rank(trial: Trial) -> int:
     except Exception as error:  # noqa: BLE001 (whatever a framework raises is an outcome)
         ending = classify(error, rank.heart.phase, rank.heart.step)
         if ending.code != EXIT_OK:
-            traceback.print_exc()
+            with suppress(OSError):  # a log on a full disk is no reason to lose the part
+                traceback.print_exc()
     rank.write(ending)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     if ending.code == EXIT_OK and dist.is_initialized():
         dist.destroy_process_group()
     return ending.code

@@ -23,6 +23,7 @@ from bench.launch.watch import Stop, listening
 from bench.layout import Layout
 from bench.matrix import Block, Plan, load_plan
 from bench.record import Record, write_json
+from bench.shared_disk import patiently
 from bench.trial import Trial, make_trial
 
 __all__ = ["BLOCK_SCHEMA", "INTERRUPTED", "planned_trial", "run_block", "run_warm"]
@@ -60,7 +61,8 @@ def run_block(
                 return INTERRUPTED
             path = layout.record(cell_id, block.trial).relative_to(layout.root)
             records.append({"cell_id": cell_id, "trial": block.trial, "outcome": record.outcome, "path": str(path)})
-    write_json({"schema": BLOCK_SCHEMA, "block_id": block.block_id, "records": records}, target)
+        content = {"schema": BLOCK_SCHEMA, "block_id": block.block_id, "records": records}
+        patiently(lambda: write_json(content, target), target, "the list of its records", heard.wait)
     return 0
 
 

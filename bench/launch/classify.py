@@ -54,7 +54,7 @@ class Seen:
     oom_kills: int = 0
     """Processes that the kernel killed for want of memory meanwhile."""
     space: str | None = None
-    """That the disk of the work folder is full."""
+    """That the disk of the work folder is full or read-only."""
 
     @property
     def failures(self) -> list[RankProcess]:
@@ -118,8 +118,8 @@ def _host_memory(seen: Seen) -> Verdict | None:
 def _overdue(seen: Seen) -> Verdict | None:
     watched = seen.watched
     if watched.end == "silent" and watched.silent_rank is not None:
-        limit = seen.limits.heartbeat_seconds
-        return Verdict("timeout", f"rank {watched.silent_rank} was silent for more than {limit:g} s ({seen.place(watched.silent_rank)})")
+        silent = f"rank {watched.silent_rank} was silent for more than {seen.limits.heartbeat_seconds:g} s"
+        return Verdict("timeout", f"{silent} ({seen.place(watched.silent_rank)}){_without_space(seen)}")
     if watched.end == "timeout":
         running = [rank for rank in range(seen.world_size) if rank not in watched.processes or watched.processes[rank].code is None]
         where = "; ".join(f"rank {rank}: {seen.place(rank)}" for rank in running[:4])

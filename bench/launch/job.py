@@ -24,6 +24,10 @@ class LaunchError(Exception):
 class AbsentError(Exception):
     """A node that the trial needs did not come, or is not there; waiting again is no use."""
 
+    def __init__(self, text: str, waited_seconds: float | None = None) -> None:
+        self.waited_seconds = waited_seconds
+        super().__init__(text)
+
 
 class Job(Protocol):
     """One try at a trial, running."""
@@ -39,6 +43,9 @@ class Job(Protocol):
 
     def trouble(self) -> str | None:
         """What went wrong in the launcher itself, after `end`; None if nothing did, or if only a rank failed."""
+
+    def first_sign(self) -> float | None:
+        """When what is wrong in the launcher itself first showed, by the monotonic clock: a node's last beat, an agent's end."""
 
     def log_paths(self) -> list[Path]:
         """Logs of the launcher itself."""

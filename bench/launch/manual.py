@@ -118,11 +118,11 @@ class ManualNodes:
         return ManualJob(own, self._beacon, self._others, self._number, [agent_log(trial, node) for node in range(self._rendezvous.nodes)])
 
     def _gather(self) -> None:
-        deadline = time.monotonic() + self._patience
+        begin = time.monotonic()
         while absent := [node for node, sight in self._others.items() if not sight.look().alive or sight.words.get("phase") != "wait"]:
             if self._stop.wait(LOOK_SECONDS):
                 raise AbsentError("asked to stop before all nodes had come")
-            if time.monotonic() > deadline:
+            if time.monotonic() > begin + self._patience:
                 came = {
                     0: socket.gethostname(),
                     **{node: sight.words.get("host") for node, sight in self._others.items() if node not in absent},
@@ -130,7 +130,8 @@ class ManualNodes:
                 raise AbsentError(
                     f"node{'s' * (len(absent) > 1)} {', '.join(map(str, absent))} never came: waited {self._patience:g} s; seen: "
                     f"{', '.join(f'node {node} ({host})' for node, host in came.items())}; the same line with --node-rank "
-                    f"{absent[0]} is to be typed there, in a folder that all nodes share"
+                    f"{absent[0]} is to be typed there, in a folder that all nodes share",
+                    waited_seconds=time.monotonic() - begin,
                 )
 
 
@@ -141,13 +142,14 @@ class ManualJob:
         self._own, self._beacon, self._others, self._number, self._logs = own, beacon, others, number, logs
         self._bad: dict[int, str] = {}
         self._failed_at: float | None = None
+        self._signs: list[float] = []
 
     def wait(self, seconds: float) -> bool:
         """Whether the agents of all nodes have ended, or one badly and the others had `LINGER_SECONDS` to follow."""
         ended = self._own.wait(seconds)
         if ended is not None and ended.code != 0:
             how = "was killed together with its guard" if ended.code is None else f"ended with {signal_name(ended.code)}"
-            self._bad.setdefault(0, f"the agent of node 0 {how}")
+            self._blame(0, f"the agent of node 0 {how}")
         done = [self._is_done(node, sight.look()) for node, sight in self._others.items()]
         if self._bad and self._failed_at is None:
             self._failed_at = time.monotonic()
@@ -157,16 +159,25 @@ class ManualJob:
     def _is_done(self, node: int, sight: Sight) -> bool:
         words = sight.words
         if not sight.alive:
-            self._bad.setdefault(
-                node, f"node {node} ({words.get('host')}) was silent for more than {SILENT_SECONDS:g} s: its command or its link is gone"
-            )
+            silent = f"was silent for more than {SILENT_SECONDS:g} s: its command or its link is gone"
+            self._blame(node, f"node {node} ({words.get('host')}) {silent}", sight.last_beat)
         elif words.get("phase") == "left":
-            self._bad.setdefault(node, f"the command of node {node} ({words.get('host')}) was ended there")
+            self._blame(node, f"the command of node {node} ({words.get('host')}) was ended there")
         elif words.get("number") == self._number and words.get("problem"):
-            self._bad.setdefault(node, f"node {node} ({words.get('host')}): {words['problem']}")
+            self._blame(node, f"node {node} ({words.get('host')}): {words['problem']}")
         elif words.get("number") != self._number or words.get("phase") != "ended":
             return False
         return True
+
+    def _blame(self, node: int, what: str, since: float | None = None) -> None:
+        """Keep what is wrong with a node, and since when, if that is not only now."""
+        if node not in self._bad:
+            self._bad[node] = what
+            self._signs.append(time.monotonic() if since is None else since)
+
+    def first_sign(self) -> float | None:
+        """The last beat of a node that fell silent, or when anything else was noticed."""
+        return min(self._signs, default=None)
 
     def pids(self) -> list[int]:
         """Agent and ranks of this node."""

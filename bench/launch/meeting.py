@@ -90,11 +90,11 @@ class Sight:
         return self
 
     @property
-    def silence(self) -> float:
-        """Seconds since its beat was seen to move; infinite for one that never was."""
-        return float("inf") if self._moved is None else time.monotonic() - self._moved
+    def last_beat(self) -> float | None:
+        """When its beat was last seen to move, by the monotonic clock; None for one that never was."""
+        return self._moved
 
     @property
     def alive(self) -> bool:
         """Whether its beat moves."""
-        return self.silence < SILENT_SECONDS
+        return self._moved is not None and time.monotonic() - self._moved < SILENT_SECONDS

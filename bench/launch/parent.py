@@ -202,7 +202,13 @@ class ForkJob:
         return [self._log]
 
     def _lost(self) -> None:
+        self._lost_at: float | None = None
         ended = self._process.guard.wait(GRACE_SECONDS + 15)
         code = ended.code if ended else None
         self._trouble = f"the fork parent {'was killed' if code is None else f'ended with {signal_name(code)}'}"
         self._close_parent()
+    def first_sign(self) -> float | None:
+        """When the parent process was seen to have gone."""
+        return self._lost_at
+
+        self._lost_at = time.monotonic()

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bench.errors import MachineError, RecordError
+from bench.errors import RecordError
 from bench.launch.assemble import assemble, make_provenance
 from bench.launch.classify import SIGTERM, Seen, Verdict, classify
 from bench.launch.command import Agents
@@ -36,6 +36,7 @@ from bench.measure.provenance import utc_now
 from bench.measure.telemetry import Telemetry
 from bench.record import Part, Record, load_part, save_record
 from bench.saves import drop_saves
+from bench.shared_disk import patiently, refusal
 from bench.trial import Trial, save_trial
 
 MOST_TRIES = 3
@@ -86,19 +87,20 @@ def run_trial(
             trial, tried.verdict, launcher=launcher.name, simulated_nodes=launcher.simulated_nodes(trial), attempt=max(attempt, 1),
             parts=list(tried.parts), observed=tried.observed, provenance=provenance, more_flags=list(tried.flags),
         )  # fmt: skip
-    leave(record, record_path, Path(trial.work))
+        leave(record, record_path, Path(trial.work), stop=heard)
     drop_saves(trial, record.outcome)
     return record
 
 
-def leave(record: Record, path: Path, work: Path) -> None:
-    """Write a record, a cancelled one beside the logs. Raises MachineError if the disk refuses it."""
+def leave(record: Record, path: Path, work: Path, stop: Stop | None = None) -> None:
+    """Write a record, a cancelled one beside the logs. Raises MachineError if the disk goes on refusing it."""
     target = work / "cancelled.json" if record.outcome == "cancelled" else path
-    try:
+
+    def write() -> None:
         target.unlink(missing_ok=True) if record.outcome == "cancelled" else None
         save_record(record, target)
-    except OSError as error:
-        raise MachineError(f"{target}: the record cannot be written: {error.strerror}; free space or rights are needed there") from error
+
+    patiently(write, target, "the record", (stop or Stop()).wait)
 
 
 @contextmanager
@@ -124,7 +126,10 @@ def _try_with_devices(trial: Trial, launcher: Launcher, stop: Stop, telemetry: P
             return replace(tried, flags=(*tried.flags, *([STALE_LOCK] if broken else [])))
     except BusyError as problem:
         return Try(verdict=Verdict("busy", str(problem)))
-    except (AbsentError, LackingError) as problem:
+    except AbsentError as problem:
+        observed = None if problem.waited_seconds is None else {"time_to_detection_seconds": problem.waited_seconds}
+        return Try(verdict=Verdict("error", str(problem)), observed=observed)
+    except LackingError as problem:
         return Try(verdict=Verdict("error", str(problem)))
     except LaunchError as problem:
         return Try(verdict=Verdict("error", str(problem), incident=True))
@@ -166,7 +171,7 @@ def _gather(trial: Trial, job: Job, watched: Watched, stop: Stop, kills: int) ->
     return Seen(
         world_size=len(ranks), limits=trial.limits, watched=watched, cancelled=stop.asked, parts=parts,
         logs={rank: tail(trial.log_path(rank)) for rank in ranks}, trouble=job.trouble(),
-        launcher_log="\n".join(filter(None, map(tail, job.log_paths()))), oom_kills=kills, space=_full(Path(trial.work)),
+        launcher_log="\n".join(filter(None, map(tail, job.log_paths()))), oom_kills=kills, space=refusal(Path(trial.work)),
     )  # fmt: skip
 
 
@@ -213,11 +218,3 @@ def tail(path: Path) -> str:
         return ""
     lines = [line for line in text.replace("\0", "").splitlines() if line.strip()]
     return "\n".join(lines[-LOG_LINES:])
-
-
-def _full(work: Path) -> str | None:
-    try:
-        space = os.statvfs(work)
-    except OSError:
-        return None
-    return f"no space is left for {work}" if space.f_bavail == 0 or (space.f_files and space.f_favail == 0) else None

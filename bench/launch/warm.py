@@ -36,6 +36,7 @@ from bench.launch.supervise import run_trial
 from bench.layout import Layout
 from bench.matrix import Plan, Warm, load_plan
 from bench.record import Record, write_json
+from bench.shared_disk import patiently
 from bench.trial import Trial, make_trial
 
 INTERRUPTED = 130
@@ -62,7 +63,7 @@ def run_warm(target: Path, *, program: str = PROGRAM, search_path: tuple[str, ..
         if done["outcome"] == "cancelled":
             return INTERRUPTED
         if not kept:
-            write_json(done, target)
+            patiently(lambda: write_json(done, target), target, "that it is done")
     return 0
 
 

@@ -84,7 +84,7 @@ class Watched:
     seconds: float
     """From the start to the decision."""
     detection_seconds: float | None = None
-    """From the first sign (end of the failed rank, last beat of the silent one, the limit) to the decision."""
+    """From the first sign (end of the failed rank or agent, last beat of the silent rank or node, the limit) to the decision."""
     silent_rank: int | None = None
     places: dict[int, Place] = field(default_factory=dict)
     """Rank -> where it was."""
@@ -126,7 +126,8 @@ def watch(job: Job, trial: Trial, stop: Stop) -> Watched:
             failed_at = now
         silent, silence = beats.silent(now, {rank for rank, note in processes.items() if note.code is not None})
         end: End | None = "ended" if ended else "cancelled" if stop.asked else None
-        detection = max(0.0, time.time() - min(failures)) if failures else None
+        sign = job.first_sign()
+        detection = max(0.0, time.time() - min(failures)) if failures else None if sign is None else now - sign
         if end is None and failed_at is not None:
             end = "failed" if now > failed_at + LINGER_SECONDS else None
         elif end is None and now - started > trial.limits.timeout_seconds:

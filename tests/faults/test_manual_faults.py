@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -97,6 +98,7 @@ def test_a_node_that_never_comes_is_an_outcome_that_names_it(typed):
     code, text = trial.end(0)
     record = load_record(trial.record_path)
     assert (code, record.outcome, record.attempt) == (0, "error", 1)
+    assert record.observed["time_to_detection_seconds"] >= 2  # from when it was waited for
     assert record.reason.startswith(f"node 1 never came: waited 2 s; seen: node 0 ({socket.gethostname()})")
     assert "node 1 never came" in text
 
@@ -132,9 +134,28 @@ def test_a_node_whose_command_is_killed_ends_its_ranks_and_the_trial(typed, wait
     assert (record.outcome, record.attempt) == ("error", 1)
     # whichever is noticed first: its rank's end, or its silence
     assert record.reason.startswith(("rank 1 ended with SIGTERM (phase train", "node 1 (")), record.reason
-    detected = record.observed["time_to_detection_seconds"]
-    assert detected is None or detected < 30  # a node's silence, unlike a rank's end, has no moment to count from
+    assert record.observed["time_to_detection_seconds"] < 60
     assert wait_until(lambda: gone([*below[0], *below[1]]))
+
+
+def test_a_node_that_falls_silent_is_noticed_from_its_last_beat_on_and_ends_its_ranks_when_it_wakes(typed, wait_until, gone):
+    trial = typed({0: "beat_for_ever", 1: "beat_for_ever"}, timeout_seconds=120.0)
+    trial.type(0)
+    trial.type(1, wait=3)
+    assert wait_until(trial.has_stepped, 60)
+    below = descendants([process.pid for process in trial.processes.values()])
+    trial.processes[1].send_signal(signal.SIGSTOP)
+    try:
+        assert trial.end(0, 90)[0] == 0
+    finally:
+        trial.processes[1].send_signal(signal.SIGCONT)
+    record = load_record(trial.record_path)
+    assert (record.outcome, record.attempt) == ("error", 1)
+    assert record.reason.startswith("node 1 ("), record.reason
+    assert " was silent for more than 8 s: its command or its link is gone" in record.reason
+    assert record.observed["time_to_detection_seconds"] >= 8
+    trial.end(1)
+    assert wait_until(lambda: gone(below))
 
 
 def test_where_node_0_is_killed_the_others_end_their_ranks(typed, wait_until, gone):
