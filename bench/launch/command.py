@@ -166,10 +166,10 @@ class AgentsJob:
                 return f"{self.what.format(node)} {how}"
         return None
 
-    def log_paths(self) -> list[Path]:
-        """Output of the agents."""
-        return list(self._logs)
     def first_sign(self) -> float | None:
         """When the first agent was seen to have ended badly."""
         return self._failed_at
 
+    def log_paths(self) -> list[Path]:
+        """Output of the agents."""
+        return list(self._logs)

@@ -172,6 +172,7 @@ class ForkJob:
         self._process, self._log, self._close_parent = process, log, close_parent
         self._ended = False
         self._trouble: str | None = None
+        self._lost_at: float | None = None
 
     def wait(self, seconds: float) -> bool:
         """Whether all ranks have ended, or their parent has."""
@@ -197,18 +198,17 @@ class ForkJob:
         """That the parent process itself has gone."""
         return self._trouble
 
+    def first_sign(self) -> float | None:
+        """When the parent process was seen to have gone."""
+        return self._lost_at
+
     def log_paths(self) -> list[Path]:
         """Output of the parent process."""
         return [self._log]
 
     def _lost(self) -> None:
-        self._lost_at: float | None = None
+        self._lost_at = time.monotonic()
         ended = self._process.guard.wait(GRACE_SECONDS + 15)
         code = ended.code if ended else None
         self._trouble = f"the fork parent {'was killed' if code is None else f'ended with {signal_name(code)}'}"
         self._close_parent()
-    def first_sign(self) -> float | None:
-        """When the parent process was seen to have gone."""
-        return self._lost_at
-
-        self._lost_at = time.monotonic()
