@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 SHELL := /bin/bash
 
-.PHONY: help install install-deepspeed install-fabric install-slurm quickstart container-quickstart test test-cluster test-cluster-long lint reference clean
+.PHONY: help install install-deepspeed install-fabric install-slurm quickstart container-quickstart check-image test test-cluster test-cluster-long lint reference clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -32,6 +32,9 @@ reference: install ## the three reference commands, BLOOM-560m: needs a CUDA dev
 container-quickstart: install ## the quick start inside the cpu image: builds it (minutes), needs mmdebstrap, buildah and Apptainer
 	@echo "coati-bench run config/quickstart.yaml --container cpu"
 	@$(VENV)/bin/coati-bench run config/quickstart.yaml --container cpu
+
+check-image: install ## build the cpu image's environment anew: is it the committed one? Says so where it is skipped
+	@$(VENV)/bin/coati-bench container check cpu
 
 lint: install ## ruff, formatting, import contracts, types
 	$(VENV)/bin/ruff check .

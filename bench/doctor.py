@@ -100,7 +100,7 @@ def abilities(host: Host) -> list[Ability]:
         Ability(name="quick start, on the CPU", needs=_base(host)),
         Ability(name="one CUDA device (the reference suites)", needs=[*_base(host), *_cuda(host, 1)]),
         Ability(name="several CUDA devices of this machine", needs=[*_base(host), *_cuda(host, 2), *_shared_memory(host)]),
-        Ability(name="ColossalAI's own kernels on CUDA (gemini, optimizers hybrid and fused)", needs=[*_cuda(host, 1), *_kernels(host)]),
+        Ability(name="ColossalAI's own kernels on CUDA (gemini, optimizer hybrid)", needs=[*_cuda(host, 1), *_kernels(host)]),
         Ability(
             name="tests of the report in a browser", needs=[] if host.programs["chromium"] else ["chromium (Debian: apt install chromium)"]
         ),

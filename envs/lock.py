@@ -3,6 +3,7 @@
     python envs/lock.py                           newest versions that fit
     python envs/lock.py --exclude-newer 2026-11-20
     python envs/lock.py --extras-only             the optional extras, beside the locks that are there
+    python envs/lock.py --compilers-only          the CUDA compilers that images' kernels are made with
     python envs/lock.py --family upstream         one family; what the family `cuda` locks stays where its torch allows it
 
 Locks are hashed requirement files for pip: no address of a registry stands in them, so the same lock serves the public
@@ -15,6 +16,7 @@ within ColossalAI's own limits, for older drivers; the optional extras are for t
     cuda.lock            all, for machines with NVIDIA GPUs
     upstream.lock        the same with the older torch
     sdist.lock           what exists as source only; built without isolation, after the others
+    compilers/NAME.lock  a CUDA compiler; it is installed nowhere but while an image's kernels are compiled
     NAME.lock            what the optional extra NAME needs besides, for every family
 
 The hashes are those of every file that the registry has for a version; that of the CPU build is kept by later runs on
@@ -61,6 +63,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Make envs/*.lock from pyproject.toml.")
     parser.add_argument("--exclude-newer", metavar="DATE", help="ignore releases after this date")
     parser.add_argument("--extras-only", action="store_true", help="leave the other locks as they are")
+    parser.add_argument("--compilers-only", action="store_true", help="the CUDA compilers and nothing else")
     facts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["coati-bench"]["lock"]
     parser.add_argument("--family", choices=list(facts["families"]), help="this family only, no extras")
     options = parser.parse_args()
@@ -71,8 +74,11 @@ def main() -> int:
         check_sources(locks.pop("sdist.lock"))
         save(locks)
         return 0
+    if options.compilers_only:
+        save(compiler_locks(facts, extra))
+        return 0
     if not options.extras_only:
-        save(make_locks(facts, extra))
+        save(make_locks(facts, extra) | compiler_locks(facts, extra))
     save({f"{name}.lock": extra_lock(name, facts, extra) for name in facts["extras"]})
     return 0
 
@@ -88,6 +94,7 @@ def save(locks: dict[str, str]) -> None:
     """Write the locks and say what changed."""
     for name, text in locks.items():
         before = (ENVS / name).read_text() if (ENVS / name).exists() else ""
+        (ENVS / name).parent.mkdir(exist_ok=True)
         (ENVS / name).write_text(text)
         print_changes(name, versions(before), versions(text))
 
@@ -104,6 +111,25 @@ def extra_lock(name: str, facts: dict, extra: list[str]) -> str:
     if len(set(found.values())) != 1:
         sys.exit(f"the families want different packages for {name}: {found}")
     return found.popitem()[1]
+
+
+def compiler_locks(facts: dict, extra: list[str]) -> dict[str, str]:
+    """Return the locks of the CUDA compilers by file name."""
+    return {f"compilers/{name}.lock": compiler_lock(name, wanted, extra) for name, wanted in facts["compilers"].items()}
+
+
+def compiler_lock(name: str, wanted: list[str], extra: list[str]) -> str:
+    """Return the lock of one compiler; exits where a file for the target is missing."""
+    with tempfile.TemporaryDirectory() as folder:
+        asked = Path(folder) / "requirements.in"
+        asked.write_text("".join(f"{line}\n" for line in wanted))
+        common = ["pip", "compile", str(asked), "--no-header", "--no-emit-index-url", "-q", *TARGET, *extra]
+        text = uv([*common, "--generate-hashes", "--annotation-style", "line"], Path(folder) / "lock.txt")
+        packages = tomllib.loads(uv([*common, "--format", "pylock.toml"], Path(folder) / "pylock.toml"))["packages"]
+    sizes = {package["name"]: file_size(package, from_source=False) for package in packages}
+    if absent := [package for package, size in sizes.items() if not size]:
+        sys.exit(f"no wheel for the target: {', '.join(absent)}")
+    return write(f"compiler {name}", [item._replace(size=sizes[item.name], via=(f"compiler {name}",)) for item in parse(text)])
 
 
 def make_locks(facts: dict, extra: list[str]) -> dict[str, str]:

@@ -34,10 +34,12 @@ def build(
 
     image = image_named(name)
     print(f"image {name}: {image.description}", flush=True)
-    built = build_image(image, cache=cache, archive=archive, any_package=any_package)
+    built = build_image(image, cache=cache, archive=archive, any_package=any_package, new_rootfs=commit)
     if commit:
         commit_digest(built)
     print(f"digest: {built.digest}\nenvironment: {built.environment_digest}")
+    if built.kernels is not None:
+        print(f"kernels: {built.kernels.digest}")
     print(f"file: {built.squashfs} ({built.squashfs.stat().st_size / 1e6:,.0f} MB)")
     if built.archive is not None:
         print(f"archive: {built.archive} ({built.archive.stat().st_size / 1e6:,.0f} MB)")
@@ -63,7 +65,19 @@ def verify(
     if before is None or before["digest"] != note["environment_digest"]:
         wanted = "none" if before is None else before["digest"]
         raise UserError(f"{file}: its environment is not the committed one; seen: {note['environment_digest']}; {wanted} is committed")
+    if (kernels := note.get("kernels")) and kernels["digest"] != before.get("kernels", {}).get("digest"):
+        wanted = before.get("kernels", {}).get("digest", "none")
+        raise UserError(f"{file}: its kernels are not the committed ones; seen: {kernels['digest']}; committed: {wanted}")
     print(f"{file}: {note['image']}, {note['digest']}; its environment is the committed one ({note['environment_digest']})")
+
+
+@app.command()
+def check(name: Name = "cpu", cache: Cache = None) -> None:
+    """Build an image's environment anew; exit code 2 if it is not the committed one. Prints SKIPPED: and why where it cannot be tried."""
+    from bench.container.check import check_environment
+    from bench.container.images import image_named
+
+    print(check_environment(image_named(name), cache=cache))
 
 
 @app.command()

@@ -21,7 +21,17 @@ class Fit(NamedTuple):
 
     def __str__(self) -> str:
         said = self.problem or (f"fits here; {self.limit}" if self.limit else "fits here")
-        return f"{self.image.name:10} {self.image.description}: {said}"
+        return f"{self.image.name:10} {self.image.description}{without_kernels(self.image)}: {said}"
+
+
+def without_kernels(image: Image) -> str:
+    """That an image for devices does without ColossalAI's kernels, or nothing.
+
+    >>> from bench.container.images import image_named
+    >>> without_kernels(image_named("upstream")), without_kernels(image_named("current"))
+    (", without ColossalAI's kernels (gemini, optimizer hybrid)", '')
+    """
+    return ", without ColossalAI's kernels (gemini, optimizer hybrid)" if image.cuda and not image.compiler else ""
 
 
 def fits(devices: Sequence[dict[str, Any]] | None = None) -> list[Fit]:
@@ -99,12 +109,15 @@ def fit_lines(found: Sequence[Fit] | None = None) -> list[str]:
 
 
 def fits_to_json(found: Sequence[Fit]) -> list[dict[str, Any]]:
-    """The same for programs: [{image, fits, problem, limit, best}]."""
+    """The same for programs: [{image, fits, problem, limit, kernels, best}]; `kernels`: whether ColossalAI's are compiled into it."""
     chosen = best(found)
     return [
-        {"image": item.image.name, "fits": item.problem is None, "problem": item.problem, "limit": item.limit, "best": item is chosen}
+        {
+            "image": item.image.name, "fits": item.problem is None, "problem": item.problem, "limit": item.limit,
+            "kernels": item.image.compiler is not None, "best": item is chosen,
+        }
         for item in found
-    ]
+    ]  # fmt: skip
 
 
 def image_line(found: Sequence[Fit]) -> str:

@@ -41,6 +41,8 @@ class Image(NamedTuple):
     """Lowest major version that runs it by CUDA's minor version compatibility, which leaves out what needs a newer driver."""
     architectures: tuple[str, ...] = ()
     """Compute capabilities that its torch was built for; a `+` after one: its PTX is there for newer ones."""
+    compiler: str | None = None
+    """File of envs/ with the CUDA compiler, where ColossalAI's kernels are compiled into the image."""
 
 
 @cache
@@ -52,7 +54,7 @@ def images() -> dict[str, Image]:
         name: Image(
             name=name, description=item["description"], locks=tuple(item["locks"]), sources=item["sources"], epoch=table["epoch"],
             rootfs=rootfs, cuda=item.get("cuda"), driver=item.get("driver"),
-            driver_limited=item.get("driver_limited"), architectures=tuple(item.get("architectures", ())),
+            driver_limited=item.get("driver_limited"), architectures=tuple(item.get("architectures", ())), compiler=item.get("compiler"),
         )
         for name, item in table["images"].items()
     }  # fmt: skip
@@ -66,7 +68,7 @@ def image_named(name: str) -> Image:
 
 
 def committed(name: str) -> dict[str, Any] | None:
-    """What the last committed build of an image was: {digest, inputs: {name: sha256}, bytes}, or None."""
+    """What the last committed build of an image was: {digest, inputs: {name: sha256}}, with {kernels: the same} if it has any; or None."""
     if not DIGESTS.exists():
         return None
     found = json.loads(DIGESTS.read_text(encoding="utf-8")).get(name)

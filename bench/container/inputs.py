@@ -8,10 +8,13 @@ from typing import NamedTuple
 
 from bench.cell import canonical_json
 from bench.container.images import DEFINITIONS, SOURCE_TREE, Image
-from bench.container.requirements import source_requirements, wheel_requirements
+from bench.container.requirements import compiler_requirements, source_requirements, wheel_requirements
 
 PACKAGE = ("bench",)
 """What of the source tree goes into the image."""
+
+KERNEL_FILES = ("Containerfile.kernels", "compile_kernels.py")
+"""What of containers/ says how kernels are compiled."""
 
 
 class Difference(NamedTuple):
@@ -42,6 +45,19 @@ def build_inputs(image: Image) -> dict[str, str]:
     }
 
 
+def kernel_inputs(image: Image) -> dict[str, str]:
+    """Name -> sha256 of everything that decides the image's compiled kernels; empty without kernels."""
+    if image.compiler is None:
+        return {}
+    texts = {name: (DEFINITIONS / name).read_text(encoding="utf-8") for name in KERNEL_FILES}
+    return {
+        **{name: text_digest(text) for name, text in texts.items()},
+        "architectures": text_digest(canonical_json(list(image.architectures))),
+        "compiler": text_digest(compiler_requirements(image)),
+        "environment": text_digest(canonical_json(build_inputs(image))),
+    }
+
+
 def differences(before: dict[str, str], now: dict[str, str]) -> list[Difference]:
     """Inputs that differ, by name.
 
@@ -51,16 +67,17 @@ def differences(before: dict[str, str], now: dict[str, str]) -> list[Difference]
     return [Difference(name, before.get(name), now.get(name)) for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
 
 
-def package_files() -> list[Path]:
-    """The package's files, relative to the source tree, in order."""
-    found = (path for folder in PACKAGE for path in (SOURCE_TREE / folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts)
-    return sorted(path.relative_to(SOURCE_TREE) for path in found)
+def package_files(folder: Path | None = None) -> list[Path]:
+    """The package's files, relative to the source tree or to the copy in `folder`, in order."""
+    root = folder or SOURCE_TREE
+    found = (path for name in PACKAGE for path in (root / name).rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    return sorted(path.relative_to(root) for path in found)
 
 
-def package_digest() -> str:
-    """sha256 over names and contents of the package's files."""
+def package_digest(folder: Path | None = None) -> str:
+    """sha256 over names and contents of the package's files: of the source tree, or of a copy in `folder`."""
     digest = hashlib.sha256()
-    for path in package_files():
-        content = (SOURCE_TREE / path).read_bytes()
+    for path in package_files(folder):
+        content = ((folder or SOURCE_TREE) / path).read_bytes()
         digest.update(f"{path.as_posix()}\n{hashlib.sha256(content).hexdigest()}\n".encode())
     return digest.hexdigest()

@@ -36,6 +36,11 @@ def source_requirements(image: Image) -> str:
     return "".join(f"{item.text}\n" for item in sorted(lock_named(image.sources)))
 
 
+def compiler_requirements(image: Image) -> str:
+    """The hashed requirement file of the CUDA compiler that the image's kernels are made with; empty without kernels."""
+    return "".join(f"{item.text}\n" for item in sorted(lock_named(image.compiler))) if image.compiler else ""
+
+
 def image_packages(image: Image) -> list[Locked]:
     """All Python packages of the image: its wheels, then what it builds from source."""
     return [*read_lock(wheel_requirements(image)), *lock_named(image.sources)]

@@ -53,6 +53,8 @@ class Found(NamedTuple):
     environment_digest: str
     package: str
     """sha256 of the package inside."""
+    kernels: str | None = None
+    """Digest of ColossalAI's kernels inside, if any were compiled."""
 
 
 def find_image(setting: str) -> Found:
@@ -72,7 +74,7 @@ def find_image(setting: str) -> Found:
 @cache
 def _found(file: Path) -> Found:
     note = check_file(file)
-    return Found(file, note["digest"], note["environment_digest"], note["package"])
+    return Found(file, note["digest"], note["environment_digest"], note["package"], (note.get("kernels") or {}).get("digest"))
 
 
 def container_of(trial: Trial) -> Container | None:

@@ -37,10 +37,14 @@ _WORDS = (
 )
 
 
+def missing_programs(*programs: str) -> list[str]:
+    """Those of `programs` that are not on PATH."""
+    return [program for program in programs if shutil.which(program) is None]
+
+
 def require(*programs: str) -> None:
     """Raise MachineError, naming all of them, if some of `programs` are not here."""
-    missing = [program for program in programs if shutil.which(program) is None]
-    if missing:
+    if missing := missing_programs(*programs):
         packages = " ".join(sorted({PACKAGES[program] for program in missing}))
         raise MachineError(
             f"images cannot be made here; missing: {', '.join(missing)}; on Debian and Ubuntu: apt install {packages}; "
@@ -58,16 +62,22 @@ def require_space(folder: Path, needed: int) -> None:
         )
 
 
-def run(command: Sequence[str], *, what: str, environment: Mapping[str, str] | None = None, folder: Path | None = None) -> str:
-    """Run a program to its end, say how long it took, and return what it printed. Raises MachineError with its last lines."""
+def run(
+    command: Sequence[str], *, what: str | None = None, environment: Mapping[str, str] | None = None, folder: Path | None = None
+) -> str:
+    """Run a program to its end and return what it printed; `what` it does is said, with the time. Raises MachineError."""
     begin = time.monotonic()
-    print(f"  {what} ...", flush=True)
+    if what:
+        print(f"  {what} ...", flush=True)
     done = subprocess.run(
         list(command), env={**os.environ, **(environment or {})}, cwd=folder, text=True, capture_output=True, check=False, errors="replace"
     )
     if done.returncode:
-        raise MachineError(f"{what}: {explain(done.stdout + done.stderr)}; seen: {command[0]} ended with {done.returncode}: {tail(done)}")
-    print(f"  {what}: {time.monotonic() - begin:.0f} s", flush=True)
+        raise MachineError(
+            f"{what or command[0]}: {explain(done.stdout + done.stderr)}; seen: {command[0]} ended with {done.returncode}: {tail(done)}"
+        )
+    if what:
+        print(f"  {what}: {time.monotonic() - begin:.0f} s", flush=True)
     return done.stdout
 
 

@@ -4,47 +4,72 @@ from __future__ import annotations
 
 import json
 import tarfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from bench.container.build import Built
 from bench.container.images import Image, committed
-from bench.container.inputs import build_inputs, differences
+from bench.container.inputs import build_inputs, differences, kernel_inputs
 from bench.container.tools import require, run
 from bench.data.cache import sha256_of
 from bench.errors import UserError
 
+NO_KERNELS = (
+    "ColossalAI's kernels (HybridAdam's; gemini and `optimizer: hybrid` on CUDA need them) are not in it: no compiler of its CUDA is locked"
+)
 COMMIT_ADVICE = "coati-bench container build {name} --commit"
 
 
 def verify(image: Image, built: Built) -> list[str]:
-    """What speaks against this build, in sentences; empty if it is the committed image."""
+    """What speaks against this build, in sentences; empty if its environment and its kernels are the committed ones."""
     before = committed(image.name)
     if before is None:
         return [f"{image.name}: no digest is committed; {COMMIT_ADVICE.format(name=image.name)} commits one"]
-    if before["digest"] == built.environment_digest:
+    problems = compared(f"{image.name}: another digest", before, built.environment_digest, built.inputs)
+    if built.kernels:
+        kernels = before.get("kernels", {"digest": "none", "inputs": {}})
+        problems += compared(f"{image.name}: other kernels", kernels, built.kernels.digest, built.kernels.inputs)
+    return problems
+
+
+def compared(what: str, before: Mapping[str, Any], digest: str, inputs: dict[str, str]) -> list[str]:
+    """The sentence on a digest that is not the committed one, and on the inputs that differ; empty if it is."""
+    if before["digest"] == digest:
         return []
-    changed = [str(item) for item in differences(before["inputs"], built.inputs)]
+    changed = [str(item) for item in differences(before["inputs"], inputs)]
     why = (
         f"inputs differ: {'; '.join(changed)}"
         if changed
         else "no input differs, so the build is not reproducible here (other versions of its tools?)"
     )
-    return [f"{image.name}: another digest; seen: {built.environment_digest}; {before['digest']} is committed; {why}"]
+    return [f"{what}; seen: {digest}; {before['digest']} is committed; {why}"]
 
 
 def explain(image: Image) -> list[str]:
     """What decides the image, and what of it differs from the committed build; nothing is built."""
-    now, before = build_inputs(image), committed(image.name)
-    lines = [f"{image.name}: {image.description}"]
-    lines += [f"  {name}: {value}" for name, value in sorted(now.items())]
+    before = committed(image.name)
+    lines = [f"{image.name}: {image.description}", *explained(build_inputs(image), before, "digest")]
+    if image.compiler:
+        return [
+            *lines,
+            "ColossalAI's kernels, compiled into it:",
+            *explained(kernel_inputs(image), (before or {}).get("kernels"), "kernels"),
+        ]
+    if image.cuda:
+        return [*lines, NO_KERNELS]
+    return lines
+
+
+def explained(now: dict[str, str], before: Mapping[str, Any] | None, what: str) -> list[str]:
+    """Inputs, the committed digest, and the inputs that differ from its own."""
+    lines = [f"  {name}: {value}" for name, value in sorted(now.items())]
     if before is None:
-        return [*lines, "no digest is committed"]
-    told = {key: value for key, value in before["inputs"].items() if key in now}
-    changed = differences(told, now)
+        return [*lines, f"no {what} committed"]
+    changed = differences({key: value for key, value in before["inputs"].items() if key in now}, now)
     return [
         *lines,
-        f"committed digest: {before['digest']}",
+        f"committed {what}: {before['digest']}",
         *([f"  differs: {item}" for item in changed] or ["nothing differs from the committed inputs"]),
     ]
 

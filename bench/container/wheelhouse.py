@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bench.container.images import Image
 from bench.container.inputs import text_digest
-from bench.container.requirements import source_requirements, wheel_requirements
+from bench.container.requirements import compiler_requirements, source_requirements, wheel_requirements
 from bench.container.tools import run
 from bench.errors import UserError
 
@@ -25,12 +25,22 @@ DONE = "complete"
 
 def image_wheelhouse(image: Image, folder: Path) -> Path:
     """The wheels and sources of `image` under `folder`, fetched if they are not there yet; the path names their locks."""
-    wheels, sources = wheel_requirements(image), source_requirements(image)
-    house = folder / f"{image.name}-{text_digest(wheels + sources)[:12]}"
+    return filled(image.name, wheel_requirements(image), source_requirements(image), folder)
+
+
+def compiler_wheelhouse(image: Image, folder: Path) -> Path:
+    """The wheels of the compiler that the image's kernels are made with, likewise."""
+    return filled(f"{image.name}-compiler", compiler_requirements(image), "", folder)
+
+
+def filled(name: str, wheels: str, sources: str, folder: Path) -> Path:
+    """A folder with what these hashed requirements name, fetched if it is not there yet. Raises MachineError."""
+    house = folder / f"{name}-{text_digest(wheels + sources)[:12]}"
     if not (house / DONE).exists():
         house.mkdir(parents=True, exist_ok=True)
-        fetch(wheels, house, python="3.11", what="fetching the locked wheels")
-        fetch(sources, house, python=None, what="fetching the locked sources")
+        fetch(wheels, house, python="3.11", what=f"fetching the locked wheels, {name}")
+        if sources:
+            fetch(sources, house, python=None, what=f"fetching the locked sources, {name}")
         (house / DONE).touch()
     return house
 

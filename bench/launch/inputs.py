@@ -45,6 +45,7 @@ def image_input(cell: Cell) -> Input | None:
         return None
     found = find_image(setting)
     facts = {"digest": found.digest, "environment_digest": found.environment_digest, "package_sha256": found.package}
+    facts |= {"kernels_sha256": found.kernels.removeprefix("sha256:")} if found.kernels else {}
     return Input(name=IMAGE, path=str(found.file), sha256=found.digest.removeprefix("sha256:"), facts=facts)
 
 

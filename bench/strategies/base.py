@@ -24,6 +24,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from bench.cell import Cell
+from bench.strategies.kernels import kernel_problem
 from bench.strategies.requirement import Requirement
 
 if TYPE_CHECKING:
@@ -126,6 +127,8 @@ class Strategy(ABC):
         """Why `cell` can never run under this strategy here, or None. Subclasses add to it."""
         if missing := self.missing(cell.settings.container):
             return missing
+        if problem := kernel_problem(cell, self.forced_settings(cell).get("optimizer", cell.settings.optimizer)):
+            return f"{self.name}: {problem}"
         if cell.settings.precision not in self.precisions:
             return f"{self.name} does not offer precision {cell.settings.precision}; it offers {', '.join(sorted(self.precisions))}"
         if cell.model_parallel_size > 1 and not self.model_parallel:

@@ -7,6 +7,7 @@ import re
 import tomllib
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 SOURCE_TREE = Path(__file__).resolve().parents[2]
 _LOCKED = re.compile(r"^([A-Za-z0-9._-]+)==(\S+)", re.MULTILINE)
@@ -30,15 +31,20 @@ def image_name(container: str) -> str | None:
     return name if name in _images() else None
 
 
+def holds_kernels(image: str) -> bool:
+    """Whether ColossalAI's kernels were compiled into an image of containers/images.toml."""
+    return "compiler" in _images()[image]
+
+
 def locked_versions(image: str) -> dict[str, str]:
     """Package -> version in an image of containers/images.toml."""
-    return _read(tuple(_images()[image]))
+    item = _images()[image]
+    return _read((*item["locks"], item["sources"]))
 
 
 @cache
-def _images() -> dict[str, list[str]]:
-    table = tomllib.loads((SOURCE_TREE / "containers" / "images.toml").read_text(encoding="utf-8"))["images"]
-    return {name: [*item["locks"], item["sources"]] for name, item in table.items()}
+def _images() -> dict[str, dict[str, Any]]:
+    return dict(tomllib.loads((SOURCE_TREE / "containers" / "images.toml").read_text(encoding="utf-8"))["images"])
 
 
 @cache

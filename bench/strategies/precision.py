@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from bench.cell import Cell
+from bench.strategies.kernels import load_prebuilt_without_compiler
 
 if TYPE_CHECKING:
     import torch
@@ -100,9 +101,10 @@ def make_optimizer(parameters: list[Any], cell: Cell, learning_rate: float) -> t
 
 
 def hybrid_adam(parameters: list[Any], cell: Cell, learning_rate: float) -> torch.optim.Optimizer:
-    """ColossalAI's HybridAdam in AdamW mode; its GPU kernels are built at first use."""
+    """ColossalAI's HybridAdam in AdamW mode; its GPU kernels are built at first use, unless they are there prebuilt."""
     from colossalai.nn.optimizer import HybridAdam
 
+    load_prebuilt_without_compiler()
     return HybridAdam(parameters, adamw_mode=True, **adamw_arguments(cell, learning_rate))
 
 

@@ -1,0 +1,42 @@
+"""Does this machine make the committed environment? It is built, looked at and thrown away. Torch-free."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from bench.container.build import CUDA_SPACE, SPACE, build_environment, image_folder
+from bench.container.buildah import Store
+from bench.container.images import Image, committed
+from bench.container.rootfs import ArchiveChangedError
+from bench.container.scratch import scratch_folder
+from bench.container.tools import missing_programs, require_space
+from bench.container.verify import compared
+from bench.errors import UserError
+
+SKIPPED = "SKIPPED: "
+
+
+def check_environment(image: Image, *, cache: Path | None = None) -> str:
+    """Build the environment of `image` anew and say in one line that it is the committed one, or why it could not be tried.
+
+    Such a line begins with SKIPPED: programs are missing, or Debian's archive is another than on the day of the commit. What was fetched
+    stays in the cache. Raises UserError if another environment came out, MachineError where something failed.
+    """
+    before = committed(image.name)
+    if before is None:
+        raise UserError(f"image {image.name!r}: no digest is committed; `coati-bench container build {image.name} --commit` commits one")
+    missing = [*([] if os.geteuid() == 0 else ["root"]), *missing_programs("mmdebstrap", "buildah", "mksquashfs", "tar")]
+    if missing:
+        return f"{SKIPPED}{', '.join(missing)} missing, so the image {image.name} was not built"
+    folder = image_folder(cache)
+    require_space(folder, SPACE.get(image.name, CUDA_SPACE))
+    folder.mkdir(parents=True, exist_ok=True)
+    with scratch_folder(folder) as scratch:
+        try:
+            digest, inputs = build_environment(image, Store.made(scratch / "store", image.epoch), scratch, folder)
+        except ArchiveChangedError as error:
+            return f"{SKIPPED}{error}"
+    if problems := compared(f"{image.name}: another digest", before, digest, inputs):
+        raise UserError(problems[0])
+    return f"{image.name}: built anew, its environment is the committed one ({digest})"

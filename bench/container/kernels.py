@@ -1,0 +1,92 @@
+"""ColossalAI's kernels of an image: compiled once in its environment, kept by what decides them, known by their own hash. Torch-free."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bench.cell import canonical_json
+from bench.container.buildah import Store
+from bench.container.images import DEFINITIONS, Image
+from bench.container.inputs import KERNEL_FILES, kernel_inputs, text_digest
+from bench.container.requirements import compiler_requirements
+from bench.container.wheelhouse import compiler_wheelhouse
+from bench.data.cache import sha256_of
+from bench.errors import MachineError
+
+NOTE = "kernels.json"
+
+
+class Kernels(NamedTuple):
+    """Compiled modules."""
+
+    digest: str
+    """sha256 over the modules' names and contents; it is committed."""
+    inputs: dict[str, str]
+    modules: dict[str, str]
+    """File name -> sha256."""
+
+    @classmethod
+    def of(cls, note: Mapping[str, Any]) -> Kernels:
+        """What `_asdict` gave."""
+        return cls(note["digest"], dict(note["inputs"]), dict(note["modules"]))
+
+    def to_json(self) -> dict[str, Any]:
+        """As the note beside an image has it."""
+        return self._asdict()
+
+
+def kernels_for(image: Image, store: Store, environment: str, scratch: Path, folder: Path) -> tuple[Kernels, Path] | None:
+    """The image's kernels and their folder, compiled in the stage tagged `environment` unless `folder` has them; None without any.
+
+    Raises MachineError, also for modules that are not those that were compiled.
+    """
+    if image.compiler is None:
+        return None
+    inputs = kernel_inputs(image)
+    kept = folder / f"kernels-{image.name}-{text_digest(canonical_json(inputs))[:12]}"
+    if not (kept / NOTE).exists():
+        compile_kernels(image, store, environment, scratch, folder / "wheelhouse")
+        modules = {path.name: sha256_of(path) for path in sorted((scratch / "kernels").glob("*.so"))}
+        found = Kernels(f"sha256:{text_digest(canonical_json(modules))}", inputs, modules)
+        (scratch / "kernels" / NOTE).write_text(json.dumps(found.to_json(), indent=2) + "\n", encoding="utf-8")
+        shutil.rmtree(kept, ignore_errors=True)
+        (scratch / "kernels").rename(kept)
+    return read_kernels(kept), kept
+
+
+def read_kernels(folder: Path) -> Kernels:
+    """The kernels in a folder. Raises MachineError if one is not what was compiled."""
+    kernels = Kernels.of(json.loads((folder / NOTE).read_text(encoding="utf-8")))
+    for name, wanted in kernels.modules.items():
+        seen = sha256_of(folder / name) if (folder / name).exists() else "no such file"
+        if seen != wanted:
+            raise MachineError(f"{folder / name}: not the kernel that was compiled; seen: {seen}; {wanted} would be right; remove {folder}")
+    return kernels
+
+
+def compile_kernels(image: Image, store: Store, environment: str, scratch: Path, wheelhouse: Path) -> None:
+    """Compile the image's kernels into `scratch`/kernels; raises MachineError."""
+    context, output = scratch / "kernel-context", scratch / "kernels"
+    context.mkdir()
+    for name in KERNEL_FILES:
+        shutil.copy(DEFINITIONS / name, context / name)
+    (context / "compiler.txt").write_text(compiler_requirements(image), encoding="utf-8")
+    house = compiler_wheelhouse(image, wheelhouse)
+    arguments = {"ENVIRONMENT": environment, "ARCHITECTURES": architecture_list(image)}
+    store.build(context, KERNEL_FILES[0], ["--output", f"type=local,dest={output}"], arguments, [f"{house}:/compiler:ro"])
+    if not list(output.glob("*.so")):
+        raise MachineError(f"image {image.name}: no kernel came out of {KERNEL_FILES[0]}; its output says why")
+
+
+def architecture_list(image: Image) -> str:
+    """The image's architectures as torch's TORCH_CUDA_ARCH_LIST has them.
+
+    >>> from bench.container.images import image_named
+    >>> architecture_list(image_named("current"))
+    '7.5;8.0;8.6;9.0;10.0;12.0+PTX'
+    """
+    return ";".join(name.replace("+", "+PTX") for name in image.architectures)

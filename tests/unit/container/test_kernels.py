@@ -1,0 +1,96 @@
+"""Compiled kernels are made once for what decides them, known by their hash, and never taken when they were changed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.container import kernels
+from bench.container.buildah import Store
+from bench.container.images import image_named, images
+from bench.container.inputs import build_inputs, kernel_inputs
+from bench.container.requirements import compiler_requirements, read_lock
+from bench.errors import MachineError
+
+IMAGE = image_named("current")
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
+    """A compiler that writes two modules; its calls."""
+    calls: list[dict[str, str]] = []
+
+    def build(_: Store, context: Path, file: str, output: list[str], arguments: dict[str, str], volumes: list[str]) -> None:
+        calls.append({**arguments, "file": file, "volumes": ",".join(volumes), "locked": (context / "compiler.txt").read_text()})
+        target = Path(output[1].partition("dest=")[2])
+        target.mkdir()
+        for name in ("cpu_adam_x86", "fused_optim_cuda"):
+            (target / f"{name}.cpython-311-x86_64-linux-gnu.so").write_bytes(name.encode())
+
+    monkeypatch.setattr(Store, "build", build)
+    monkeypatch.setattr(kernels, "compiler_wheelhouse", lambda image, folder: folder / "compiler")
+    return calls
+
+
+def kernels_for(folder: Path, image: Any = IMAGE) -> tuple[kernels.Kernels, Path] | None:
+    number = len(list(folder.glob("scratch*")))
+    (folder / f"scratch{number}").mkdir()
+    return kernels.kernels_for(image, Store(folder / "store", 0), "environment", folder / f"scratch{number}", folder)
+
+
+def test_they_are_compiled_once_for_the_architectures_of_the_image(tmp_path: Path, compiler: list[dict[str, str]]) -> None:
+    first, again = kernels_for(tmp_path), kernels_for(tmp_path)
+    assert first is not None
+    assert first == again
+    (call,) = compiler
+    assert call["ARCHITECTURES"] == "7.5;8.0;8.6;9.0;10.0;12.0+PTX"
+    assert call["ENVIRONMENT"] == "environment"
+    assert "nvidia-cuda-nvcc==13.0" in call["locked"]
+    assert sorted(path.name for path in first[1].glob("*.so")) == sorted(first[0].modules)
+
+
+def test_their_digest_is_that_of_names_and_contents(tmp_path: Path, compiler: list[dict[str, str]]) -> None:
+    found = kernels_for(tmp_path)
+    assert found is not None
+    assert re.fullmatch(r"sha256:\w{64}", found[0].digest)
+    assert kernels.Kernels.of(found[0].to_json()) == found[0]
+
+
+def test_a_kernel_that_was_changed_is_refused(tmp_path: Path, compiler: list[dict[str, str]]) -> None:
+    found = kernels_for(tmp_path)
+    assert found is not None
+    module = next(found[1].glob("*.so"))
+    module.write_bytes(b"tampered")
+    with pytest.raises(MachineError, match=r"not the kernel that was compiled; seen: \w{64}; \w{64} would be right; remove"):
+        kernels_for(tmp_path)
+
+
+def test_a_compiler_that_makes_nothing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Store, "build", lambda *arguments: (tmp_path / "scratch0" / "kernels").mkdir())
+    monkeypatch.setattr(kernels, "compiler_wheelhouse", lambda image, folder: folder / "compiler")
+    with pytest.raises(MachineError, match="no kernel came out"):
+        kernels_for(tmp_path)
+    assert not list(tmp_path.glob("kernels-*"))
+
+
+def test_an_image_without_a_compiler_has_none(tmp_path: Path) -> None:
+    assert kernels_for(tmp_path, image_named("upstream")) is None
+    assert kernel_inputs(image_named("cpu")) == {}
+
+
+def test_they_are_made_anew_for_another_environment_and_do_not_decide_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, environment = kernel_inputs(IMAGE), build_inputs(IMAGE)
+    assert kernel_inputs(IMAGE._replace(architectures=("9.0",)))["architectures"] != before["architectures"]
+    assert build_inputs(IMAGE._replace(architectures=("9.0",), compiler=None)) == environment
+    assert kernel_inputs(IMAGE._replace(epoch=1))["environment"] != before["environment"]
+
+
+def test_a_compiler_is_locked_for_the_images_own_cuda_with_hashes() -> None:
+    for image in images().values():
+        locked = read_lock(compiler_requirements(image))
+        assert bool(locked) == bool(image.compiler)
+        assert {item.name for item in locked if not item.version.startswith(f"{image.cuda}.")} == set()
+        assert all("--hash=sha256:" in item.text for item in locked)
