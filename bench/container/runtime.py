@@ -1,35 +1,44 @@
-"""Running a command inside an image: Apptainer, or podman or docker on a workstation. Torch-free.
+"""Running a command inside an image: by Apptainer, or podman or docker on a workstation. Torch-free.
 
 The image is read-only; of the host it sees only what is bound: the trial's folders, its data and starts, the caches of kernels,
-and the source tree where the image's own package is another one. Its environment is what the launch gives and nothing else.
-Process ids stay those of the host, since the supervisor watches and ends ranks by them.
+and the source tree where the image's own package is another one. Its environment is what the launch gives and nothing else; it has no
+network but the loopback, unless its ranks are on several hosts. Process ids stay those of the host, since the supervisor watches and
+ends ranks by them.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 from bench.container.build import built_here, image_folder, note_paths
+from bench.container.engine import load
+from bench.container.engine_line import Seat, client_environment, engine_line
 from bench.container.images import SOURCE_TREE, image_named
 from bench.container.inputs import package_digest
 from bench.container.overlay import PACKAGE as OVERLAID
 from bench.container.overlay import SITE_PACKAGES
-from bench.container.verify import check_file
-from bench.errors import MachineError, UserError
-from bench.layout import cache_folder
+from bench.container.runtimes import ARCHIVE, SQUASHFS, Runtime, beside, choose
+from bench.container.verify import check_file, load_note
+from bench.errors import UserError
+from bench.layout import CACHE_VARIABLE, cache_folder
+from bench.measure.provenance import IMAGE_VARIABLE
 from bench.trial import Trial
 
 PYTHON = "/opt/venv/bin/python"
 PACKAGE = "/opt/coati-bench"
 OWN_VARIABLES = frozenset(
-    {"PATH", "HOME", "USER", "LOGNAME", "LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHONPATH", "VIRTUAL_ENV", "CUDA_HOME", "CC", "CXX"}
-)
-"""Of the launch's environment, what names places of the host; inside, the image's own hold."""
+    {
+        "PATH", "HOME", "USER", "LOGNAME", "LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHONPATH", "VIRTUAL_ENV", "CUDA_HOME", "CC", "CXX",
+        "TMPDIR", "XDG_CACHE_HOME", "HF_HOME", "TRITON_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "TORCHINDUCTOR_CACHE_DIR",
+    }
+)  # fmt: skip
+"""Of the launch's environment, what names places of the host; inside, the image's own hold, and caches lie in its home folder."""
+ENGINE_GRACE_SECONDS = 20.0
+"""What an engine gets to end and remove a container before what asked for it is killed."""
 
 
 class Bind(NamedTuple):
@@ -58,22 +67,35 @@ class Found(NamedTuple):
 
 
 def find_image(setting: str) -> Found:
-    """The file behind a cell's `container`: a path, or an image by name as built here. Raises UserError, also for a changed file."""
-    if setting.endswith(".sqfs"):
-        return _found(Path(setting).expanduser().absolute())
+    """The file behind a cell's `container`, as the runtime here takes it: a path, or an image by name as built here.
+
+    Raises UserError, also for a changed file and one that this runtime does not take, MachineError without a runtime.
+    """
+    runtime = choose()
+    if setting.endswith((SQUASHFS, ARCHIVE)):
+        return _found(Path(setting).expanduser().absolute(), runtime)
     image, folder = image_named(setting), image_folder()
-    fitting = built_here(image, folder)
+    fitting = [built.squashfs for built in built_here(image, folder)]
     if not fitting:
         raise UserError(
             f"container {setting!r}: it was not built here from this checkout's locks; seen: {len(note_paths(image, folder))} other images "
             f"in {folder}; `coati-bench container build {setting}` builds it"
         )
-    return _found(fitting[0].squashfs)
+    return _found(fitting[0], runtime)
 
 
 @cache
-def _found(file: Path) -> Found:
-    note = check_file(file)
+def _found(named: Path, runtime: Runtime) -> Found:
+    file = beside(named, runtime.suffix)
+    if named.exists() and not file.exists():
+        raise UserError(
+            f"{named}: {runtime.kind} takes an image as {file.name}, which is not beside it; `coati-bench container build` "
+            f"{'with --archive ' if runtime.suffix == ARCHIVE else ''}makes it, or bring it, or another runtime (COATI_BENCH_RUNTIME)"
+        )
+    # an archive is checked when it is loaded, by its digest
+    note = check_file(file) if runtime.suffix == SQUASHFS else load_note(file)
+    if runtime.suffix == ARCHIVE:
+        load(runtime, file, note["digest"])
     return Found(file, note["digest"], note["environment_digest"], note["package"], (note.get("kernels") or {}).get("digest"))
 
 
@@ -88,38 +110,69 @@ def container_of(trial: Trial) -> Container | None:
     over = [Bind(Path(trial.overlay.path) / OVERLAID, inside=SITE_PACKAGES / OVERLAID)] if trial.overlay else []
     return Container(
         image=Path(trial.image.path),
+        digest=f"sha256:{trial.image.sha256}",
         binds=tuple([Bind(path, writable=True) for path in writable] + [Bind(path) for path in read if path.exists()] + over),
         gpu=trial.parsed_cell.settings.device == "cuda",
         own_package=trial.image.facts.get("package_sha256") == package_digest(),
     )
 
 
-def _home() -> Path:
+def home_inside() -> Path:
     """The home folder inside: kernels that were built at first use are kept there."""
     folder = cache_folder() / "home"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
+class Entered(NamedTuple):
+    """A line that runs inside an image."""
+
+    line: list[str]
+    environment: dict[str, str]
+    grace: float | None = None
+    """Seconds that ending it may take, where that is more than a process needs."""
+
+
 class Container(NamedTuple):
     """An image file and what of the host is seen inside."""
 
     image: Path
-    """A squashfs for Apptainer."""
+    """A squashfs for Apptainer, an OCI archive for podman and docker."""
     binds: tuple[Bind, ...] = ()
     gpu: bool = False
     own_package: bool = True
     """Whether the package inside is the one that starts it; else the source tree is bound and comes first."""
+    digest: str = ""
+    """Of the image in the file."""
 
-    def command(self, line: Sequence[str]) -> list[str]:
-        """`line`, whose program is a Python, inside the image. Raises MachineError without a runtime."""
-        program = shutil.which("apptainer") or shutil.which("singularity")
-        if program is None:
-            raise MachineError(
-                "no container runtime; seen: neither apptainer nor singularity; Apptainer 1.2 or newer would be right, or `container: none`"
-            )
+    @property
+    def by_engine(self) -> bool:
+        """Whether podman or docker runs it: not as a child of ours, and without descriptors of ours."""
+        return self.image.name.endswith(ARCHIVE)
+
+    def enter(self, line: Sequence[str], variables: Mapping[str, str], *, seat: Seat | None = None, note: Path | None = None) -> Entered:
+        """`line`, whose program is a Python, inside the image with `variables`.
+
+        Without a `seat` it has the host's network. `note`: where the topmost process inside notes its id, if podman or docker run it.
+        Raises MachineError without a runtime, or where it cannot load the image.
+        """
+        runtime = choose(ARCHIVE if self.by_engine else SQUASHFS)
+        inside = self.variables(variables) | {IMAGE_VARIABLE: f"{runtime.kind}:{self.image.name}"}
+        if not self.by_engine:
+            return Entered(self._apptainer_line(runtime, line, seat), inside | {"PATH": os.environ.get("PATH", os.defpath)})
+        words = engine_line(
+            runtime, load(runtime, self.image, self.digest), line[1:], python=PYTHON, home=home_inside(), variables=inside, seat=seat,
+            mounts=[(bind.path, bind.inside or bind.path, bind.writable) for bind in [*self.mounts, Bind(home_inside(), writable=True)]],
+            gpu=self.gpu, note=note,
+        )  # fmt: skip
+        environment = client_environment(inside) | {"PYTHONPATH": str(SOURCE_TREE)}
+        return Entered(words, environment, grace=ENGINE_GRACE_SECONDS)
+
+    def _apptainer_line(self, runtime: Runtime, line: Sequence[str], seat: Seat | None) -> list[str]:
+        alone = seat is not None and seat.of == 1
         return [
-            program, "exec", "--contain", "--home", str(_home()), *(["--nv"] if self.gpu else []),
+            runtime.program, "exec", "--contain", "--home", str(home_inside()), *(["--nv"] if self.gpu else []),
+            *(["--net", "--network", "none"] if alone else []),
             *(word for bind in self.mounts for word in ("--bind", bind.option)), str(self.image), PYTHON, *line[1:],
         ]  # fmt: skip
 
@@ -131,14 +184,14 @@ class Container(NamedTuple):
         )
 
     def variables(self, variables: Mapping[str, str]) -> dict[str, str]:
-        """The environment of `command`: what the launch gives, which is allow-listed, but for what names places of the host.
+        """The variables inside: what the launch gives, which is allow-listed, but for what names places of the host.
 
-        Apptainer hands it on; its own `--env` does nothing for a bare squashfs, whose PATH comes from a script of the image.
+        Apptainer hands them on; its own `--env` does nothing for a bare squashfs, whose PATH comes from a script of the image.
         """
         kept = {key: value for key, value in variables.items() if key not in OWN_VARIABLES}
         return {
             **kept,
-            "PATH": os.environ.get("PATH", os.defpath),
+            CACHE_VARIABLE: str(cache_folder()),
             "PYTHONPATH": PACKAGE if self.own_package else f"{SOURCE_TREE}:{PACKAGE}",
         }
 

@@ -74,14 +74,20 @@ def explained(now: dict[str, str], before: Mapping[str, Any] | None, what: str) 
     ]
 
 
-def check_file(path: Path) -> dict[str, Any]:
-    """The note of an image's file, after checking the file against it. Raises UserError for a changed, cut off or unknown file."""
+def load_note(path: Path) -> dict[str, Any]:
+    """The note of an image's file, which is not read. Raises UserError where one of them is missing."""
     if not path.is_file():
         raise UserError(f"{path}: no such image; `coati-bench container build` makes one and says where")
     note_path = path.parent / (path.name.split(".")[0] + ".json")
     if not note_path.exists():
         raise UserError(f"{path}: {note_path.name} is not beside it, so nothing says what it should be; bring both files")
-    note = json.loads(note_path.read_text(encoding="utf-8"))
+    note: dict[str, Any] = json.loads(note_path.read_text(encoding="utf-8"))
+    return note
+
+
+def check_file(path: Path) -> dict[str, Any]:
+    """The note of an image's file, after checking the file against it. Raises UserError for a changed, cut off or unknown file."""
+    note = load_note(path)
     wanted, seen = note["sha256"].get(path.name), sha256_of(path)
     if seen != wanted:
         raise UserError(f"{path}: not the image that was built; seen: sha256 {seen}; {wanted} would be right; bring or build it again")

@@ -8,14 +8,16 @@ from __future__ import annotations
 import shlex
 import sys
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from bench.cell import Cell
+from bench.container.engine_line import Seat
 from bench.container.overlay import overlaid
-from bench.container.runtime import container_of
+from bench.container.runtime import Entered, container_of
 from bench.launch.environment import rank_environment
-from bench.launch.guard import Ended, Guarded
+from bench.launch.guard import GRACE_SECONDS, Ended, Guarded
 from bench.launch.job import LINGER_SECONDS, LaunchError, free_port
 from bench.launch.processes import descendants, signal_name
 from bench.trial import Trial
@@ -64,10 +66,20 @@ def visible_devices(devices: Sequence[str]) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else {}
 
 
-def contained(line: list[str], trial: Trial, environment: dict[str, str]) -> tuple[list[str], dict[str, str]]:
-    """`line` and its environment inside the trial's image, or as they are but for its overlay. Raises MachineError without a runtime."""
+def inside_note(trial: Trial, node: int) -> Path:
+    """Where the topmost process in a node's container notes its id, if that is no child of ours."""
+    return Path(trial.work) / f"inside{node}.pid"
+
+
+def contained(line: list[str], trial: Trial, environment: dict[str, str], *, node: int = 0, seat: Seat | None = None) -> Entered:
+    """`line` and its environment inside the trial's image, or as they are but for its overlay.
+
+    `seat`: None for ranks on several hosts, which need the host's network. Raises MachineError without a runtime.
+    """
     container = container_of(trial)
-    return (line, overlaid(trial, environment)) if container is None else (container.command(line), container.variables(environment))
+    if container is None:
+        return Entered(line, overlaid(trial, environment))
+    return container.enter(line, environment, seat=seat, note=inside_note(trial, node))
 
 
 class Agents:
@@ -96,18 +108,20 @@ class Agents:
 
     def command(self, trial: Trial, trial_file: Path, port: int = PORT) -> list[str]:
         """The agents' lines with the usual port; a run chooses a free one."""
-        return [shlex.join(contained(line, trial, {})[0]) for line in self._lines(trial.parsed_cell, trial_file, port)]
+        lines = self._lines(trial.parsed_cell, trial_file, port)
+        seats = (Seat("JOB", node, len(lines)) for node in range(len(lines)))
+        return [shlex.join(contained(line, trial, {}, node=seat.number, seat=seat).line) for line, seat in zip(lines, seats, strict=True)]
 
     def start(self, trial: Trial, trial_file: Path, devices: Sequence[str]) -> AgentsJob:
         """Start one agent for each node."""
-        cell, port = trial.parsed_cell, self._choose_port()
+        cell, port, name = trial.parsed_cell, self._choose_port(), uuid.uuid4().hex[:12]
         job = AgentsJob()
         try:
             for node, line in enumerate(self._lines(cell, trial_file, port)):
                 mine = devices[node * cell.processes_per_node : (node + 1) * cell.processes_per_node]
                 log = agent_log(trial, node)
-                command, environment = contained(line, trial, self._environment(mine))
-                job.add(Guarded(command, environment=environment, log=log, keep=self._keep), log)
+                entered = contained(line, trial, self._environment(mine), node=node, seat=Seat(name, node, cell.nodes))
+                job.add(start_guarded(entered, log, self._keep), log, inside_note(trial, node))
         except OSError as error:
             job.end()
             raise LaunchError(f"the agent of node {len(job.log_paths())} could not be started: {error}") from error
@@ -121,6 +135,12 @@ class Agents:
         return rank_environment({"GLOO_SOCKET_IFNAME": "lo", **self._variables, **visible_devices(devices)}, self._search_path)
 
 
+def start_guarded(entered: Entered, log: Path, keep: tuple[int, ...]) -> Guarded:
+    """Start a line, in its image or not, under guard. Raises OSError."""
+    grace = GRACE_SECONDS if entered.grace is None else entered.grace
+    return Guarded(entered.line, environment=entered.environment, log=log, keep=keep, grace=grace)
+
+
 class AgentsJob:
     """The running agents of one try."""
 
@@ -129,13 +149,15 @@ class AgentsJob:
     def __init__(self) -> None:
         self._agents: list[Guarded] = []
         self._logs: list[Path] = []
+        self._insides: list[Path | None] = []
         self._by_itself: list[Ended | None] = []
         self._failed_at: float | None = None
 
-    def add(self, agent: Guarded, log: Path) -> None:
-        """Take in one more agent."""
+    def add(self, agent: Guarded, log: Path, inside: Path | None = None) -> None:
+        """Take in one more agent; `inside` is where its container's topmost process notes its id, if it does."""
         self._agents.append(agent)
         self._logs.append(log)
+        self._insides.append(inside)
         self._by_itself.append(None)
 
     def wait(self, seconds: float) -> bool:
@@ -149,7 +171,7 @@ class AgentsJob:
 
     def pids(self) -> list[int]:
         """Agents and ranks; the guards are no part of the measured job."""
-        return descendants([agent.pid for agent in self._agents])
+        return descendants([noted(inside) or agent.pid for agent, inside in zip(self._agents, self._insides, strict=True)])
 
     def end(self) -> None:
         """End all agents and all below them."""
@@ -173,3 +195,11 @@ class AgentsJob:
     def log_paths(self) -> list[Path]:
         """Output of the agents."""
         return list(self._logs)
+
+
+def noted(note: Path | None) -> int | None:
+    """The process id in a note, or None."""
+    try:
+        return None if note is None else int(note.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return None

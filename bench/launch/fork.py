@@ -1,6 +1,7 @@
 """The fork parent: a process that imports the frameworks once and forks one fresh process a rank and trial (CPU only).
 
-`python -m bench.launch.fork --requests FD --replies FD --program bench.worker --preload JSON` reads one request a line,
+`python -m bench.launch.fork --requests FD --replies FD --program bench.worker --preload JSON` (a path of a named pipe may stand for a
+descriptor, where none can be handed on: in podman's and docker's containers) reads one request a line,
 {trial, ranks: [{RANK: ..., LOCAL_RANK: ...}, ...], grace}, and answers {ready, pid}, {started: [pid]}, {ended: [code]}.
 The line {end: grace} ends a trial early. Every rank runs `run_rank(trial)` of the program and leaves by `os._exit`.
 
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.launch.processes import become_subreaper, descendants, end_processes, reap_children, send
-from bench.launch.rank import RankProcess, become_rank, note_process
+from bench.launch.rank import RankProcess, become_rank, note_node, note_process
 
 
 class Server:
@@ -70,6 +71,8 @@ class Server:
             self.say(ended=[])
             return
         work = Path(request["trial"]).parent
+        for node in sorted({int(variables["GROUP_RANK"]) for variables in request["ranks"]}):
+            note_node(work, node)
         pids = [self._fork(request["trial"], variables) for variables in request["ranks"]]
         for rank, pid in enumerate(pids):
             note_process(RankProcess(rank=rank, pid=pid, hostname=socket.gethostname()), work)
@@ -153,6 +156,10 @@ def preload(names: list[str]) -> dict[str, str]:
     return problems
 
 
+def _descriptor(text: str, flags: int) -> int:
+    return int(text) if text.isdigit() else os.open(text, flags | os.O_CLOEXEC)
+
+
 def _wakeup() -> tuple[int, int]:
     read_end, write_end = os.pipe()
     for end in (read_end, write_end):
@@ -166,8 +173,8 @@ def _wakeup() -> tuple[int, int]:
 def main(arguments: list[str]) -> int:
     """Import the frameworks, then fork ranks on request."""
     parser = argparse.ArgumentParser(prog="bench.launch.fork")
-    parser.add_argument("--requests", type=int, required=True)
-    parser.add_argument("--replies", type=int, required=True)
+    parser.add_argument("--requests", required=True)
+    parser.add_argument("--replies", required=True)
     parser.add_argument("--program", required=True)
     parser.add_argument("--preload", type=json.loads, required=True)
     options = parser.parse_args(arguments)
@@ -175,7 +182,7 @@ def main(arguments: list[str]) -> int:
     problems = preload(options.preload)
     gc.collect()
     gc.freeze()
-    server = Server(options.requests, options.replies, options.program)
+    server = Server(_descriptor(options.requests, os.O_RDONLY), _descriptor(options.replies, os.O_WRONLY), options.program)
     server.say(ready=True, pid=os.getpid(), problems=problems)
     server.serve()
     return 0

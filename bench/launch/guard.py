@@ -105,9 +105,12 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="bench.launch.guard")
     parser.add_argument("--grace", type=float, default=GRACE_SECONDS)
     parser.add_argument("--hand-on", type=json.loads, default=[])
+    parser.add_argument("--note", type=Path, help="where to write this process's id")
     parser.add_argument("command", nargs="+")
     options = parser.parse_args(arguments)
     become_subreaper()
+    if options.note:
+        options.note.write_text(str(os.getpid()), encoding="ascii")
     wake = _wakeup()
     child = subprocess.Popen(
         options.command, stdin=subprocess.DEVNULL, stdout=sys.stderr, pass_fds=options.hand_on,

@@ -20,7 +20,7 @@ from types import FrameType
 
 import psutil
 
-from bench.launch.command import PORT, PROGRAM, agent_line, agent_log, contained, rank_command, visible_devices
+from bench.launch.command import PORT, PROGRAM, agent_line, agent_log, contained, rank_command, start_guarded, visible_devices
 from bench.launch.environment import rank_environment
 from bench.launch.guard import Guarded
 from bench.measure.build_locks import break_stale_locks
@@ -50,8 +50,8 @@ def start_agent(
     if trial.parsed_cell.settings.device == "cuda":
         break_stale_locks()
     line = node_line(trial, trial_file, meeting, program)
-    line, environment = contained(line, trial, agent_environment(meeting.address, devices, search_path))
-    return Guarded(line, environment=environment, log=agent_log(trial, meeting.node), keep=keep)
+    entered = contained(line, trial, agent_environment(meeting.address, devices, search_path), node=meeting.node)
+    return start_guarded(entered, agent_log(trial, meeting.node), keep)
 
 
 def node_line(trial: Trial, trial_file: Path, meeting: Meeting, program: str = PROGRAM) -> list[str]:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 import select
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from bench.cell import Cell
+from bench.container.engine_line import Seat
 from bench.container.overlay import overlaid
-from bench.container.runtime import Container, container_of
+from bench.container.runtime import Container, Entered, container_of, home_inside
 from bench.launch.command import LOOPBACK, PROGRAM
 from bench.launch.environment import rank_environment
 from bench.launch.guard import GRACE_SECONDS, Ended, Guarded
@@ -33,6 +36,9 @@ ALONE = {"GLOO_SOCKET_IFNAME": "lo", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
 READY_SECONDS = 300.0
 """Longest wait for the imports."""
+
+LOOK_SECONDS = 0.5
+"""How often it is asked whether a container has ended before it began to answer."""
 
 
 class ForkParent:
@@ -126,18 +132,36 @@ class _ParentProcess:
     """The guarded process and its two pipes."""
 
     def __init__(self, line: list[str], environment: dict[str, str], log: Path, keep: tuple[int, ...], container: Container | None) -> None:
-        requests, self._requests = os.pipe()
-        self._replies, replies = os.pipe()
-        line = [*line, "--requests", str(requests), "--replies", str(replies)]
-        if container is not None:
-            line, environment = container.command(line), container.variables(environment)
+        self._pipes: Path | None = None
+        theirs: tuple[int, ...] = ()
+        if container is not None and container.by_engine:
+            self._requests, self._replies, names = self._named_pipes()
+        else:
+            requests, self._requests = os.pipe()
+            self._replies, replies = os.pipe()
+            theirs = (requests, replies)
+            names = (str(requests), str(replies))
+        line = [*line, "--requests", names[0], "--replies", names[1]]
         try:
-            self.guard = Guarded(line, environment=environment, log=log, keep=keep, hand_on=(requests, replies))
+            entered = Entered(line, environment) if container is None else container.enter(line, environment, seat=Seat.alone())
+            grace = GRACE_SECONDS if entered.grace is None else entered.grace
+            self.guard = Guarded(entered.line, environment=entered.environment, log=log, keep=keep, hand_on=theirs, grace=grace)
         finally:
-            os.close(requests)
-            os.close(replies)
+            for descriptor in theirs:
+                os.close(descriptor)
         self._buffer = b""
         self.pid = -1
+
+    def _named_pipes(self) -> tuple[int, int, tuple[str, str]]:
+        """Two descriptors of ours and the names of their other ends, which are seen inside a container."""
+        self._pipes = Path(tempfile.mkdtemp(prefix="pipes-", dir=home_inside()))
+        names = [self._pipes / name for name in ("requests", "replies")]
+        for name in names:
+            os.mkfifo(name)
+        requests = os.open(names[0], os.O_RDWR | os.O_CLOEXEC)  # also for reading: else it waits for a reader
+        replies = os.open(names[1], os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        os.set_blocking(replies, True)
+        return requests, replies, (str(names[0]), str(names[1]))
 
     def ask(self, **content: Any) -> None:
         try:
@@ -149,9 +173,13 @@ class _ParentProcess:
         """The next line; {} if none came in time; None if the process has gone."""
         deadline = time.monotonic() + seconds
         while b"\n" not in self._buffer:
-            left = deadline - time.monotonic()
-            if not select.select([self._replies], [], [], max(0.0, left))[0]:
-                return {}
+            left = max(0.0, deadline - time.monotonic())
+            if not select.select([self._replies], [], [], min(left, LOOK_SECONDS) if self._pipes else left)[0]:
+                if self._pipes and self.guard.wait(0) is not None:
+                    return None  # nobody ever opened the named pipe, so nothing tells its end
+                if time.monotonic() >= deadline:
+                    return {}
+                continue
             if not (data := os.read(self._replies, 65536)):
                 return None
             self._buffer += data
@@ -162,6 +190,8 @@ class _ParentProcess:
         ended = self.guard.end()
         for descriptor in (self._requests, self._replies):
             os.close(descriptor)
+        if self._pipes:
+            shutil.rmtree(self._pipes, ignore_errors=True)
         return ended
 
 

@@ -116,12 +116,12 @@ def _wait_on_node(pid: int, trial_file: Path, node: int) -> int:
     """As `_wait`; meanwhile note what the node is, and read its devices and host if the supervisor is on another one."""
     work = trial_file.parent
     if _is_supervised_here(work):
-        _note_node(work, node)
+        note_node(work, node)
         return _wait(pid)
     from bench.launch.readings import reading_node
 
     with reading_node(trial_file, node):
-        _note_node(work, node)
+        note_node(work, node)
         return _wait(pid)
 
 
@@ -143,7 +143,8 @@ def node_path(work: Path, node: int) -> Path:
     return work / f"node{node}.json"
 
 
-def _note_node(work: Path, node: int) -> None:
+def note_node(work: Path, node: int) -> None:
+    """Note what a node is, from inside the image that ranks run in, if any."""
     from bench.measure.provenance import environment, machine, versions
 
     note = {"machine": machine(), "versions": versions(), "environment": environment(dict(os.environ))}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 from bench.container.fit import best, fits, problem
 from bench.container.images import image_named, images
 from bench.container.runtime import find_image
+from bench.container.runtimes import ARCHIVE, SQUASHFS, choose
 from bench.data.manifest import load_manifest
 from bench.errors import BenchError, MachineError, UserError
 from bench.launch.inputs import read_done
@@ -97,16 +97,20 @@ def forget_unfinished(plan: Plan, layout: Layout) -> list[str]:
 def check_images(plan: Plan) -> None:
     """Raise UserError for an image that can never be: an unknown name, or a file that is not there or was changed."""
     for setting in _containers(plan):
-        if setting.endswith(".sqfs"):
+        if setting.endswith((SQUASHFS, ARCHIVE)):
             find_image(setting)
         else:
             image_named(setting)
 
 
 def _lacks_runtime(plan: Plan) -> list[str]:
-    if not _containers(plan) or shutil.which("apptainer") or shutil.which("singularity"):
+    if not _containers(plan):
         return []
-    return ["its cells run in an image; seen: neither apptainer nor singularity on PATH; `container: none` needs none"]
+    try:
+        choose()
+    except MachineError as problem:
+        return [f"its cells run in an image: {problem}"]
+    return []
 
 
 def _lacks_driver(plan: Plan, host: Host) -> list[str]:

@@ -21,6 +21,9 @@ from bench.measure.nvml import describe_devices, describe_links
 
 SOURCE_TREE = Path(__file__).resolve().parents[2]
 
+IMAGE_VARIABLE = "COATI_BENCH_IMAGE"
+"""What a launch says inside an image: RUNTIME:FILE. podman and docker say nothing of it themselves."""
+
 PACKAGES = (
     "torch", "transformers", "peft", "colossalai", "accelerate", "tokenizers", "safetensors", "numpy", "triton", "flash-attn", "pydantic",
     "snakemake", "deepspeed", "lightning-fabric", "bitsandbytes",
@@ -144,6 +147,7 @@ def machine() -> dict[str, Any]:
         "numa": nodes,
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "container": _container(),
+        "container_runtime": container_runtime(),
         "container_locks_sha256": _container_locks(),
         "network": network(),
         "fabric": fabric(),
@@ -154,10 +158,21 @@ def machine() -> dict[str, Any]:
 
 
 def _container() -> str | None:
-    """Name of the image that this process runs in (its digest is part of the name), or null."""
-    image = os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER")
-    if image:
-        return Path(image).name
+    """Name of the image that this process runs in (its digest is part of the name), or null.
+
+    By Apptainer itself, which says so inside; under podman and docker by the launch, which starts the image by its digest.
+    """
+    said = os.environ.get(IMAGE_VARIABLE, "").partition(":")[2]
+    image = os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER") or said
+    return Path(image).name if image else container_runtime()
+
+
+def container_runtime() -> str | None:
+    """What runs the image that this process runs in, or null."""
+    if os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER"):
+        return "apptainer"
+    if said := os.environ.get(IMAGE_VARIABLE, "").partition(":")[0]:
+        return said
     return next((name for path, name in (("/.dockerenv", "docker"), ("/run/.containerenv", "podman")) if Path(path).exists()), None)
 
 

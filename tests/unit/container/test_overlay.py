@@ -60,7 +60,7 @@ def test_it_is_part_of_a_cell_only_where_it_is_set():
 def test_without_a_container_ranks_import_the_checkout_first(checkout, tmp_path):
     trial = trial_with(checkout, tmp_path)
     program = "import colossalai, colossalai.kernel.extensions as it; print(colossalai.MINE, it.WHERE, colossalai.__file__)"
-    line, environment = contained([sys.executable, "-c", program], trial, {"PYTHONPATH": "/elsewhere"})
+    line, environment, _ = contained([sys.executable, "-c", program], trial, {"PYTHONPATH": "/elsewhere"})
     seen = subprocess.run(line, env=environment, capture_output=True, text=True, check=True).stdout
     assert seen == f"1 beside the package {trial.overlay.path}/colossalai/__init__.py\n"
 

@@ -49,31 +49,41 @@ def test_the_agent_runs_in_the_image_and_sees_only_what_it_needs(tmp_path, appta
     assert f"--bind {tmp_path}/elsewhere:{tmp_path}/elsewhere:ro" in line
     assert f"{tmp_path}/x.sqfs /opt/venv/bin/python -m torch.distributed.run" in line
     assert "--nv" not in line
+    assert "--net --network none" in line
+
+
+def test_agents_that_meet_on_one_machine_share_its_loopback(tmp_path, apptainer):
+    trial = trial_in(tmp_path, package_digest())
+    two = make_trial(cell(nodes=2, strategy="ddp"), 0, data=trial.data, image=trial.image, work=trial.work)
+    lines = Agents().command(two, Path(trial.work) / "trial.json")
+    assert [line.count(" exec ") for line in lines] == [1, 1]
+    assert not any("--net" in line for line in lines)
 
 
 def test_of_the_hosts_environment_only_what_names_no_place_of_the_host_goes_in(tmp_path):
     given = {"OMP_NUM_THREADS": "1", "CC": "/opt/gcc", "LD_LIBRARY_PATH": "/x", "PYTHONPATH": "/y", "VIRTUAL_ENV": "/z"}
-    inside = container_of(trial_in(tmp_path, package_digest())).variables(given)
-    assert set(inside) == {"OMP_NUM_THREADS", "PATH", "PYTHONPATH"}
+    inside = container_of(trial_in(tmp_path, package_digest())).variables({**given, "TMPDIR": "/scratch", "HF_HOME": "/h"})
+    assert set(inside) == {"OMP_NUM_THREADS", "COATI_BENCH_CACHE", "PYTHONPATH"}
     assert inside["PYTHONPATH"] == "/opt/coati-bench"
 
 
 def test_another_package_than_the_images_is_bound_over_it(tmp_path, apptainer):
     container = container_of(trial_in(tmp_path, "of another revision"))
-    assert f"{runtime.SOURCE_TREE}:{runtime.SOURCE_TREE}:ro" in container.command(["python", "-c", "pass"])
+    assert f"{runtime.SOURCE_TREE}:{runtime.SOURCE_TREE}:ro" in container.enter(["python", "-c", "pass"], {}).line
     assert container.variables({})["PYTHONPATH"] == f"{runtime.SOURCE_TREE}:/opt/coati-bench"
 
 
 def test_a_gpu_trial_gets_the_devices(tmp_path, apptainer):
     container = Container(Path("x.sqfs"), gpu=True)
-    assert "--nv" in container.command(["python"])
-    assert container.variables({"CUDA_VISIBLE_DEVICES": "GPU-1"})["CUDA_VISIBLE_DEVICES"] == "GPU-1"
+    entered = container.enter(["python"], {"CUDA_VISIBLE_DEVICES": "GPU-1"})
+    assert "--nv" in entered.line
+    assert entered.environment["CUDA_VISIBLE_DEVICES"] == "GPU-1"
 
 
 def test_a_missing_runtime_is_said(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(MachineError, match="no container runtime; seen: neither apptainer nor singularity"):
-        Container(Path("x.sqfs")).command(["python"])
+    with pytest.raises(MachineError, match="no container runtime; seen: none on PATH; apptainer would be right"):
+        Container(Path("x.sqfs")).enter(["python"], {})
 
 
 def test_the_image_is_part_of_what_a_trial_computes(tmp_path):
@@ -90,13 +100,13 @@ def test_a_running_parent_serves_only_trials_whose_files_it_sees():
     assert not here.covers(Container(Path("y.sqfs")))
 
 
-def test_an_image_that_was_not_built_here_is_refused_with_the_command_that_builds_it(tmp_path, monkeypatch):
+def test_an_image_that_was_not_built_here_is_refused_with_the_command_that_builds_it(tmp_path, monkeypatch, apptainer):
     monkeypatch.setenv("COATI_BENCH_CACHE", str(tmp_path))
     with pytest.raises(UserError, match="`coati-bench container build cpu` builds it"):
         find_image("cpu")
 
 
-def test_of_two_images_with_the_same_locks_that_with_this_package_is_taken(tmp_path, monkeypatch):
+def test_of_two_images_with_the_same_locks_that_with_this_package_is_taken(tmp_path, monkeypatch, apptainer):
     monkeypatch.setenv("COATI_BENCH_CACHE", str(tmp_path))
     folder = tmp_path / "images"
     folder.mkdir()
