@@ -9,23 +9,26 @@ The theory counts weights, gradients and optimizer states, in the bytes of the p
     bf16-autocast   4        4          8
     fp16-master     2        2          12
 
-Frozen weights (a base under LoRA, PPO's reference policy and reward model) have neither gradients nor states. What a
-strategy shards (`Strategy.sharded`) is divided by the data-parallel ranks, rounded up; tensor- and pipeline-parallel ranks hold
-equal parts of what trains. What lies in host memory (`Strategy.offloaded`) counts all the same. Not counted: activations, logits,
-communication buffers, the fp32 copy of 16-bit gradients that lives during `step()`, and the driver's context; a measured peak lies
-above the theory by these. Source of the bytes: Rajbhandari et al. 2020, ZeRO, arXiv:1910.02054, section 3.1.
+Frozen weights (a base under LoRA, PPO's reference policy and reward model) have neither gradients nor states; linear layers in 8
+or 4 bits take what `bench.strategies.quantised` says. What a rank holds of a model that is split by tensor or pipeline parallelism the
+strategy says (`Strategy.slices`); of that, what it shards (`Strategy.sharded`) is divided by the data-parallel ranks, rounded up.
+Where ranks hold unequal parts, the fullest counts. What lies in host memory (`Strategy.offloaded`) counts all the same. Not counted:
+activations, logits, communication buffers, the fp32 copy of 16-bit gradients that lives during `step()`, and the driver's context;
+a measured peak lies above the theory by these. Source of the bytes: Rajbhandari et al. 2020, ZeRO, arXiv:1910.02054, section 3.1.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from bench.cell import Cell
 from bench.measure.flops import OPTIMIZER_BYTES, WEIGHT_BYTES
 from bench.measure.shape import Network, Shape, shape_of
 from bench.models.presets import parameter_count
 from bench.strategies.base import all_strategies
+from bench.strategies.quantised import small_bytes
+from bench.strategies.slices import Slice
 
 if TYPE_CHECKING:
     from bench.matrix import Plan
@@ -61,34 +64,84 @@ def networks(cell: Cell, shape: Shape) -> dict[str, Network]:
     return {"policy": policy, "critic": scorer, "reference": reference, "reward": reward}
 
 
-def needs(cell: Cell, shape: Shape | None = None) -> Needs | None:
-    """Theory for `cell`, or None where the shape of its model is not given and unknown before it is loaded."""
+def needs(cell: Cell, shape: Shape | None = None, *, stage: int | None = None) -> Needs | None:
+    """Theory for `cell`: of the rank that holds most, or of those in one pipeline `stage`.
+
+    None where the shape of its model is not given and unknown before it is loaded.
+    """
     shape = shape or shape_of(cell.model)
     if shape is None:
         return None
-    models, sharded = networks(cell, shape).values(), all_strategies()[cell.strategy].sharded
-    weights, gradients, states = (sum(parts) for parts in zip(*(model_states(model, cell, sharded) for model in models), strict=True))
-    trainable = sum(model.trainable for model in models)
+    stages = range(cell.settings.pipeline_parallel) if stage is None else [stage]
+    return max((_of_stage(cell, shape, number) for number in stages), key=lambda found: found.state_bytes)
+
+
+def _of_stage(cell: Cell, shape: Shape, stage: int) -> Needs:
+    models = networks(cell, shape).values()
+    found = [model_states(model, cell, slice_of(model, cell, stage)) for model in models]
     return Needs(
-        parameters=shape.parameters, trainable=trainable, weight_bytes=weights, gradient_bytes=gradients, optimizer_bytes=states
+        parameters=shape.parameters, trainable=sum(model.trainable for model in models),
+        weight_bytes=sum(one.weight_bytes for one in found), gradient_bytes=sum(one.gradient_bytes for one in found),
+        optimizer_bytes=sum(one.optimizer_bytes for one in found),
     )  # fmt: skip
 
 
-def model_states(model: Network, cell: Cell, sharded: frozenset[str]) -> tuple[int, int, int]:
-    """Bytes of weights, gradients and optimizer states of one model on one rank."""
-    precision, trainable = cell.settings.precision, model.trainable
-    slices = 1 if model.frozen else cell.model_parallel_size
-    ways = {
-        what: slices * (cell.data_parallel_size if what in sharded else 1) for what in ("parameters", "gradients", "optimizer", "frozen")
-    }
-    own = {what: _share(trainable, ways[what]) for what in ("parameters", "gradients", "optimizer")}
-    frozen = _share(model.parameters - trainable, ways["frozen"])
-    weights = (frozen + own["parameters"]) * WEIGHT_BYTES[precision]
-    return weights, own["gradients"] * WEIGHT_BYTES[precision], own["optimizer"] * OPTIMIZER_BYTES[precision]
+def slice_of(model: Network, cell: Cell, stage: int) -> Slice:
+    """What ranks of a pipeline stage hold of `model` before data-parallel ranks share it; what is not split lies on all."""
+    slices = all_strategies()[cell.strategy].slices(model, cell)
+    return slices[min(stage, len(slices) - 1)]
 
 
-def _share(elements: int, ranks: int) -> int:
-    return -(-elements // ranks)
+def held_by_rank(model: Network, cell: Cell, rank: int) -> Held:
+    """What `rank` holds of `model` with its data-parallel peers, for evidence to be held against."""
+    held = slice_of(model, cell, rank % cell.model_parallel_size // cell.settings.tensor_parallel)
+    return Held(trainable=held.trainable, frozen_bytes=frozen_bytes(model, cell, held))
+
+
+class Held(NamedTuple):
+    """Of one model, before data-parallel ranks share it."""
+
+    trainable: int
+    """Parameters."""
+    frozen_bytes: int
+
+
+class States(NamedTuple):
+    """Of one model on one rank."""
+
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+
+
+def model_states(model: Network, cell: Cell, held: Slice) -> States:
+    """Bytes of weights, gradients and optimizer states of one model on a rank that holds `held` of it with its data-parallel peers."""
+    precision, sharded = cell.settings.precision, all_strategies()[cell.strategy].sharded
+    own = {what: _share(held.trainable, cell, what in sharded) for what in ("parameters", "gradients", "optimizer")}
+    frozen = _share(frozen_bytes(model, cell, held), cell, "frozen" in sharded)
+    size = WEIGHT_BYTES[precision]
+    return States(frozen + own["parameters"] * size, own["gradients"] * size, own["optimizer"] * OPTIMIZER_BYTES[precision])
+
+
+def frozen_bytes(model: Network, cell: Cell, held: Slice) -> int:
+    """Bytes of the weights in `held` that never train, before data-parallel ranks share them."""
+    size, kind = WEIGHT_BYTES[cell.settings.precision], weights_kind(model, cell)
+    if kind == "stored":
+        return held.frozen * size
+    matrices = model.shape.matrices
+    small = held.layers * sum(small_bytes(kind, matrix.fan_in, matrix.fan_out) for matrix in matrices)
+    return small + (held.frozen - held.layers * sum(matrix.parameters for matrix in matrices)) * size
+
+
+def weights_kind(model: Network, cell: Cell) -> str:
+    """How the linear layers of `model` that never train are kept: `stored`, `int8` or `nf4`."""
+    if model.frozen:
+        return str(getattr(cell.settings, "frozen_weights", "stored"))
+    return cell.settings.base_weights if model.lora_rank else "stored"
+
+
+def _share(amount: int, cell: Cell, shared: bool) -> int:
+    return -(-amount // (cell.data_parallel_size if shared else 1))
 
 
 def weights_on_disk_bytes(plan: Plan) -> int:

@@ -20,9 +20,10 @@ from bench.cell import Cell, PpoSettings
 from bench.measure.activations import KEPT, cache_bytes, head_bytes, kept_bytes, layer_bytes
 from bench.measure.flops import CACHE_BYTES, Sequences
 from bench.measure.shape import Network, Shape
-from bench.needs import model_states, networks
+from bench.needs import model_states, networks, slice_of, weights_kind
 from bench.strategies.base import Strategy, all_strategies
 from bench.strategies.precision import MASTER_MODES
+from bench.strategies.slices import Slice
 
 DRAW_BYTES = 32
 """Of each logit while a token is drawn: two fp32 copies and three of 64 bits for the noise."""
@@ -45,40 +46,45 @@ class Moment:
 
 
 def peak_moment(cell: Cell, shape: Shape, *, length: float | None = None, heads: float | None = None) -> Moment | None:
-    """The largest moment of one rank; None for an architecture whose activations are not known, or a model split over ranks.
+    """The largest moment of any rank; None for an architecture whose activations are not known.
 
     Both are of a micro-batch of instructions or pairs (PPO: of the ptx loss), padding included. `length`: tokens of the longest
     sequence (default: as many as the cell allows); `heads`: positions that the language-model head computes (default: all).
     """
-    if shape.model_type not in KEPT or cell.model_parallel_size > 1:
+    if shape.model_type not in KEPT:
         return None
     return max(moments(cell, shape, length=length, heads=heads), key=lambda moment: moment.bytes)
 
 
 def moments(cell: Cell, shape: Shape, *, length: float | None = None, heads: float | None = None) -> Iterator[Moment]:
-    """Every moment that may be the largest; arguments as of `peak_moment`."""
-    plan, settings = _Plan.of(cell, shape), cell.settings
+    """Every moment that may be the largest, of each pipeline stage; arguments as of `peak_moment`."""
+    settings = cell.settings
     rows = settings.micro_batch * (2 if cell.stage == "rm" else 1)
     work = Sequences(count=rows, length=min(length or settings.sequence_length, settings.sequence_length))
     positions = work.positions if heads is None else heads
-    if isinstance(settings, PpoSettings):
-        yield from _ppo_moments(plan, settings, work, positions)
-    else:
-        yield from _training(plan, next(iter(plan.models)), work, positions)
+    for stage in range(settings.pipeline_parallel):
+        plan = _Plan.of(cell, shape, stage)
+        if isinstance(settings, PpoSettings):
+            yield from _ppo_moments(plan, settings, work, positions)
+        else:
+            yield from _training(plan, next(iter(plan.models)), work, positions)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Plan:
-    """A cell with what its moments are made of."""
+    """A rank of a pipeline stage with what its moments are made of."""
 
     cell: Cell
     shape: Shape
     strategy: Strategy
     models: dict[str, Network]
+    held: dict[str, Slice]
 
     @classmethod
-    def of(cls, cell: Cell, shape: Shape) -> _Plan:
-        return cls(cell=cell, shape=shape, strategy=all_strategies()[cell.strategy], models=networks(cell, shape))
+    def of(cls, cell: Cell, shape: Shape, stage: int) -> _Plan:
+        models = networks(cell, shape)
+        held = {role: slice_of(model, cell, stage) for role, model in models.items()}
+        return cls(cell=cell, shape=shape, strategy=all_strategies()[cell.strategy], models=models, held=held)
 
     def states(self, *, gradients_of: str | None = None) -> int:
         """Bytes of weights and optimizer states of all models on the device, and of the gradients of one.
@@ -91,23 +97,38 @@ class _Plan:
         for role, model in self.models.items():
             if model.frozen and in_host:
                 continue
-            weights, gradients, optimizer = model_states(model, self.cell, self.strategy.sharded)
+            weights, gradients, optimizer = model_states(model, self.cell, self.held[role])
             there = {"parameters": weights, "optimizer": optimizer, "gradients": gradients if always or role == gradients_of else 0}
             found += sum(size for what, size in there.items() if what not in self.strategy.offloaded)
         return found
+
+    def kept(self, role: str, work: Sequences) -> float:
+        """What the layers of a model here keep of a forward pass over `work`."""
+        settings, held = self.cell.settings, self.held[role]
+        return kept_bytes(
+            self.models[role], work, settings.precision, checkpointing=settings.activation_checkpointing, layers=held.layers,
+            ways=held.ways,
+        ) + self.unpacked_bytes(role)  # fmt: skip
+
+    def unpacked_bytes(self, role: str) -> float:
+        """The largest weight in 8 or 4 bits, which is there in 16 (fp32: 32) bits while it is multiplied by."""
+        model = self.models[role]
+        if weights_kind(model, self.cell) == "stored":
+            return 0.0
+        return float(max(matrix.parameters for matrix in self.shape.matrices) * CACHE_BYTES[self.cell.settings.precision])
 
     def gathered_bytes(self, model: Network) -> int:
         """Weights that are whole beside their shards while the loss of `model` is computed."""
         return model.parameters * CACHE_BYTES[self.cell.settings.precision] if self.strategy.gathers_whole else 0
 
-    def step_bytes(self, model: Network) -> float:
+    def step_bytes(self, role: str) -> float:
         """What an optimizer step makes beside its states: fp32 copies of 16-bit gradients, where parameters are whole, and AdamW's
         square roots of all second moments at once, if it is torch's plain one.
         """
         if "optimizer" in self.strategy.offloaded:
             return 0.0
         settings = self.cell.settings
-        elements = -(-model.trainable // (self.cell.world_size if "optimizer" in self.strategy.sharded else 1))
+        elements = -(-self.held[role].trainable // (self.cell.data_parallel_size if "optimizer" in self.strategy.sharded else 1))
         copies = 4 if settings.precision in MASTER_MODES and "parameters" not in self.strategy.sharded else 0
         optimizer = self.strategy.forced_settings(self.cell).get("optimizer", settings.optimizer)
         roots = (2 if settings.precision == "bf16-pure" else 4) if optimizer == "adamw" else 0
@@ -116,14 +137,13 @@ class _Plan:
 
 def _training(plan: _Plan, role: str, work: Sequences, heads: float, beside: float = 0.0) -> Iterator[Moment]:
     """The moments of one model's training step; `beside`: bytes that lie there while its loss is computed."""
-    model, settings = plan.models[role], plan.cell.settings
-    kept = kept_bytes(model, work, settings.precision, checkpointing=settings.activation_checkpointing)
-    one = layer_bytes(model, work, settings.precision)
-    loss = one if model.scalar_head else max(one, head_bytes(plan.shape, heads, settings.precision))
-    work_bytes = kept + loss + beside + plan.gathered_bytes(model)
+    model, held, precision = plan.models[role], plan.held[role], plan.cell.settings.precision
+    one = layer_bytes(model, work, precision, ways=held.ways)
+    loss = one if model.scalar_head or not held.last else max(one, head_bytes(plan.shape, heads, precision))
+    work_bytes = held.in_flight * plan.kept(role, work) + loss + beside + plan.gathered_bytes(model)
     earlier = role if plan.cell.accumulation > 1 else None
     yield Moment(name=f"loss of the {role}", state_bytes=plan.states(gradients_of=earlier), work_bytes=work_bytes)
-    yield Moment(name=f"step of the {role}", state_bytes=plan.states(gradients_of=role), work_bytes=plan.step_bytes(model))
+    yield Moment(name=f"step of the {role}", state_bytes=plan.states(gradients_of=role), work_bytes=plan.step_bytes(role))
 
 
 def _ppo_moments(plan: _Plan, settings: PpoSettings, ptx: Sequences, ptx_positions: float) -> Iterator[Moment]:
@@ -131,7 +151,7 @@ def _ppo_moments(plan: _Plan, settings: PpoSettings, ptx: Sequences, ptx_positio
     whole, precision = settings.prompt_length + settings.response_length, settings.precision
     work, responses = Sequences(count=settings.micro_batch, length=whole), settings.micro_batch * settings.response_length
     if settings.ptx_coef:
-        kept = kept_bytes(plan.models["policy"], work, precision, checkpointing=settings.activation_checkpointing)
+        kept = plan.kept("policy", work)
         logits = CACHE_BYTES[precision] * responses * plan.shape.vocabulary
         yield from _training(plan, "policy", ptx, ptx_positions, kept + logits)
     else:
@@ -140,5 +160,5 @@ def _ppo_moments(plan: _Plan, settings: PpoSettings, ptx: Sequences, ptx_positio
     scoring = head_bytes(plan.shape, responses, precision, gradient=False)
     yield Moment(name="scoring", state_bytes=plan.states(), work_bytes=scoring)
     rows = settings.prompts_per_iteration * plan.cell.step_batch // settings.global_batch / plan.cell.data_parallel_size
-    cache = cache_bytes(plan.shape, sequences=rows, length=whole, precision=precision)
+    cache = cache_bytes(plan.shape, sequences=rows, length=whole, precision=precision) / plan.held["policy"].ways
     yield Moment(name="rollout", state_bytes=plan.states(), work_bytes=cache + DRAW_BYTES * rows * plan.shape.vocabulary)

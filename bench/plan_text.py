@@ -17,8 +17,10 @@ from bench.cell import Cell
 from bench.data.sources import resolve
 from bench.layout import Layout
 from bench.matrix import Plan, Skipped
+from bench.measure.shape import shape_of
 from bench.models.presets import parameter_count
 from bench.needs import needs, weights_on_disk_bytes
+from bench.peak_memory import peak_moment
 from bench.stages.base import SPECS
 
 MOST_ROWS = 100
@@ -62,14 +64,14 @@ def _stage_table(stage: str, cells: list[Cell]) -> Table:
         "precision",
         "batch = micro x ranks x accumulation",
         "launcher",
-        "LoRA: state per rank",
+        "LoRA: states / peak of fullest rank",
     ):
         table.add_column(column)
     rows: dict[tuple[str, ...], list[str]] = {}
     for cell in cells:
         rows.setdefault(_row(cell), []).append(_state(cell))
     for row, states in list(rows.items())[:MOST_ROWS]:
-        table.add_row(*row, ", ".join(states))
+        table.add_row(*row, "\n".join(states))
     if len(rows) > MOST_ROWS:
         table.add_row(f"... and {len(rows) - MOST_ROWS} more rows")
     return table
@@ -83,8 +85,12 @@ def _row(cell: Cell) -> tuple[str, ...]:
 
 
 def _state(cell: Cell) -> str:
-    theory = needs(cell)
-    return f"{cell.lora_rank}: {decimal(theory.state_bytes)}" if theory else f"{cell.lora_rank}: unknown"
+    """Theory of memory; unknown only where the model's sizes are, which the line on that model says."""
+    shape, states = shape_of(cell.model), needs(cell)
+    peak = None if shape is None else peak_moment(cell, shape)
+    if states is None or peak is None:
+        return f"{cell.lora_rank}: unknown"
+    return f"{cell.lora_rank}: {decimal(states.state_bytes)} / {decimal(round(peak.bytes))}"
 
 
 def _print_inputs(console: Console, plan: Plan) -> None:

@@ -36,7 +36,7 @@ from bench.measure.evidence.judge import Declared
 from bench.measure.evidence.watch import EvidenceWatch, learning_rates
 from bench.measure.memory import MemoryWatch
 from bench.measure.preflight import preflight
-from bench.needs import networks
+from bench.needs import held_by_rank, networks
 from bench.record import Evidence, Lap, Memory, Outcome, Part, save_part
 from bench.resume import Resume
 from bench.shared_disk import patiently
@@ -149,7 +149,8 @@ class Rank:
         strategy, place = self._start()
         self._spend("start", time.time() - self._born - self.found.seconds.get("preflight", 0.0))
         self.heart.enter("load")
-        self._evidence = EvidenceWatch(self.cell, declared(strategy, self.trial, place), partial(networks, self.cell), place.device)
+        held = partial(held_by_rank, cell=self.cell, rank=self.rank)
+        self._evidence = EvidenceWatch(self.cell, declared(strategy, self.trial, place), partial(networks, self.cell), held, place.device)
         stage = self._load(self._evidence.beside(strategy), place)
         resume = Resume(self.trial, stage, place)
         done, kept = resume.begin()

@@ -51,22 +51,26 @@ KEPT = {
 attention are kept repeated, so they count as query heads."""
 
 
-def kept_bytes(network: Network, work: Sequences, precision: str, *, checkpointing: bool = False) -> float:
-    """What all layers keep of one forward pass; with activation checkpointing the input of each layer, and one layer's recomputation."""
-    one = layer_bytes(network, work, precision)
+def kept_bytes(
+    network: Network, work: Sequences, precision: str, *, checkpointing: bool = False, layers: int | None = None, ways: int = 1
+) -> float:
+    """What `layers` (default: all) keep of one forward pass; with activation checkpointing the input of each, and one layer's
+    recomputation. `ways`: ranks that share each layer's heads and feed-forward width.
+    """
+    layers, one = network.shape.layers if layers is None else layers, layer_bytes(network, work, precision, ways=ways)
     if not checkpointing:
-        return network.shape.layers * one
-    return network.shape.layers * work.positions * network.shape.hidden * WEIGHT_BYTES[precision] + one
+        return layers * one
+    return layers * work.positions * network.shape.hidden * WEIGHT_BYTES[precision] + one
 
 
-def layer_bytes(network: Network, work: Sequences, precision: str) -> float:
-    """What one layer keeps of one forward pass."""
+def layer_bytes(network: Network, work: Sequences, precision: str, *, ways: int = 1) -> float:
+    """What one layer keeps of one forward pass on one of `ways` ranks that share its heads and feed-forward width."""
     shape, kept, size = network.shape, KEPT[network.shape.model_type], CACHE_BYTES[precision]
     hidden = kept.hidden - (kept.scales if network.lora_rank else 0.0)
-    narrow = hidden * shape.hidden + kept.query * shape.attention_width + kept.kv * shape.kv_width + kept.inner * shape.inner
-    narrow += network.lora_rank * len(shape.matrices)
+    shared = kept.query * shape.attention_width + kept.kv * shape.kv_width + kept.inner * shape.inner
+    narrow = hidden * shape.hidden + shared / ways + network.lora_rank * len(shape.matrices)
     row = size * narrow + 4 * kept.wide * shape.hidden
-    square = (4 + (size if size < 4 else 0)) * shape.heads if kept.square else 0
+    square = (4 + (size if size < 4 else 0)) * shape.heads / ways if kept.square else 0
     kept_of_sequences = work.count * (row * work.length + square * work.length**2)
     return kept_of_sequences + _autocast_bytes(network, work, precision) / shape.layers
 

@@ -26,10 +26,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from bench.cell import Cell
 from bench.strategies.kernels import kernel_problem
 from bench.strategies.requirement import Requirement
+from bench.strategies.slices import Slice, whole
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from bench.measure.shape import Network
 
 
 class Engine(ABC):
@@ -163,6 +166,10 @@ class Strategy(ABC):
     def forced_settings(self, cell: Cell) -> dict[str, Any]:  # noqa: ARG002 (for those that force something)
         """Settings that it replaces whatever the cell says (Gemini: optimizer), setting -> value in force."""
         return {}
+
+    def slices(self, network: Network, cell: Cell) -> tuple[Slice, ...]:  # noqa: ARG002 (for those that split models)
+        """What a rank holds of a model before data-parallel ranks share it, one slice for each pipeline stage; theory and evidence ask."""
+        return (whole(network),)
 
     def emulated(self, cell: Cell) -> bool:
         """Whether it runs on a CPU only behind stand-ins, so that its times and memory mean nothing."""

@@ -12,11 +12,15 @@ from bench.cell import Cell
 from bench.models.presets import config_numbers
 from bench.strategies.base import Engine, Strategy
 from bench.strategies.colossal import INITIAL_LOSS_SCALE, PLUGIN_PRECISION, start_colossalai
+from bench.strategies.hybrid_slices import hybrid_slices
 from bench.strategies.precision import optimizer_problem
+from bench.strategies.slices import Slice
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from bench.measure.shape import Network
 
 
 class Hybrid(Strategy):
@@ -37,6 +41,10 @@ class Hybrid(Strategy):
             or _tensor_problem(cell)
             or _pipeline_problem(cell)
         )
+
+    def slices(self, network: Network, cell: Cell) -> tuple[Slice, ...]:
+        """See `Strategy.slices`."""
+        return hybrid_slices(network, cell)
 
     def start(self, cell: Cell, device: torch.device) -> None:  # noqa: ARG002
         """See `Strategy.start`."""

@@ -98,11 +98,12 @@ class HybridPipelineEngine(HybridEngine, PipelinedEngine):
     def _arrange(self) -> None:
         """There is no DDP: ColossalAI averages gradients over data-parallel ranks at the end of a step.
 
-        And it adds up the gradients of what two stages share (a tied embedding), which has none where it is frozen.
+        And it adds up the gradients of what two stages share (a tied embedding), which has none where it is frozen; the norm looks for
+        its master.
         """
         pairs = zip(self.module.shared_params, self.module.shared_param_process_groups, strict=True)
         kept = [(shared, group) for shared, group in pairs if all(parameter.requires_grad for parameter in shared.values())]
-        self.module.shared_params = [shared for shared, _ in kept]
+        self.module.shared_params = self._optimizer.shared_params = [shared for shared, _ in kept]
         self.module.shared_param_process_groups = [group for _, group in kept]
 
     def run(self, inputs: dict[str, Any], rows: int, losses: Callable[[Any, int], torch.Tensor], *, values: int = 1) -> torch.Tensor:

@@ -1,8 +1,9 @@
 """Weights that never train in 8 or 4 bits: linear layers of frozen models, and of the base under LoRA, by bitsandbytes.
 
 `int8`: rows as int8 with one fp32 scale a row; inputs are quantised as they come, those with outliers computed in 16 bits (Dettmers et al.
-2022, arXiv:2208.07339). `nf4`: blocks of 64 values as 4-bit quantiles with one scale a block, unpacked for each product (Dettmers et al.
-2023, arXiv:2305.14314). Embeddings, norms and heads stay as the precision mode stores them. Torch is imported inside functions.
+2022, arXiv:2208.07339). `nf4`: blocks of 64 values as 4-bit quantiles with one scale a block, itself in 8 bits, unpacked for each
+product (Dettmers et al. 2023, arXiv:2305.14314). Embeddings, norms and heads stay as the precision mode stores them. Torch is imported
+inside functions.
 """
 
 from __future__ import annotations
@@ -19,6 +20,25 @@ if TYPE_CHECKING:
 
 OUTLIER = 6.0
 """Inputs above it are computed in 16 bits: the threshold of the paper and of transformers."""
+
+
+BLOCK, NESTED_BLOCK = 64, 256
+"""Weights under one scale of `nf4`, and scales under one scale of theirs."""
+TABLES_BYTES = 4 * (16 + 256 + 1)
+"""What each layer in `nf4` has beside: the values that 4 bits stand for, those that 8 bits do, and the mean of the scales."""
+
+
+def small_bytes(kind: str, inputs: int, outputs: int) -> int:
+    """Bytes of a linear layer's weight in `int8` or `nf4` with its scales; the bias is stored as ever.
+
+    >>> small_bytes("int8", 64, 192), small_bytes("nf4", 64, 192)
+    (13056, 7432)
+    """
+    weights = inputs * outputs
+    if kind == "int8":
+        return weights + 4 * outputs
+    scales = -(-weights // BLOCK)
+    return -(-weights // 2) + scales + 4 * -(-scales // NESTED_BLOCK) + TABLES_BYTES
 
 
 def quantised_copy(module: nn.Module, precision: str, device: torch.device) -> nn.Module:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from bench.record import Check, Evidence, Part
-from bench.strategies.base import Strategy, all_strategies
+from bench.strategies.base import PipelinedEngine, Strategy, all_strategies
 from bench.strategies.colossal import import_colossalai
 from bench.strategies.ddp import DdpEngine
 from bench.strategies.precision import place, trainable
@@ -269,6 +269,78 @@ def test_missing_masters_are_invalid(root, monkeypatch):
 
     lie(monkeypatch, "naive", prepare)
     assert refuted(run(root, "naive", ranks=1, precision="bf16-master")) == {"optimizer"}
+
+
+# ----------------------------------------------------------------------------------------------- models in slices and runs of layers
+
+BOTH = {"tensor_parallel": 2, "pipeline_parallel": 2}
+SPLITS = [("bloom-tiny", {"tensor_parallel": 2}, 2), ("bloom-tiny", {"pipeline_parallel": 2}, 2), ("llama-tiny", BOTH, 4)]
+IN_PARTS = {"trainable", "parameters", "gradients", "optimizer"}
+
+
+@pytest.mark.parametrize(("model", "split", "ranks"), SPLITS)
+def test_a_split_model_shows_that_each_rank_holds_its_part(root, model, split, ranks):
+    for part in run(root, "hybrid", ranks=ranks, model=model, precision="bf16-master", **split):
+        assert part.outcome == "ok", part.reason
+        assert {check(part, what).state for what in IN_PARTS | {"exchanged"}} == {"shown"}
+        assert check(part, "parameters").seen == check(part, "parameters").expected
+
+
+def test_data_parallel_groups_of_split_models_add_up_all_gradients_of_their_part(root):
+    for part in run(root, "hybrid", ranks=4, tensor_parallel=2):
+        assert part.outcome == "ok", part.reason
+        assert check(part, "reduced").state == "shown"
+        assert check(part, "reduced").expected == 4 * check(part, "trainable").expected
+
+
+def test_slices_that_cut_nothing_are_invalid(root, monkeypatch):
+    lie(monkeypatch, "hybrid", replicated)
+    assert refuted(run(root, "hybrid", tensor_parallel=2)) == {*IN_PARTS, "exchanged"}
+
+
+def test_a_pipeline_whose_stages_all_hold_everything_is_invalid(root, monkeypatch):
+    class Everything(ReplicatedEngine, PipelinedEngine):
+        """Each rank runs the whole model over all micro-batches."""
+
+        backward = PipelinedEngine.backward
+
+        def run(self, inputs: dict[str, Any], rows: int, losses: Any, *, values: int = 1) -> torch.Tensor:
+            total = torch.zeros(values)
+            for index in range(len(inputs["input_ids"]) // rows):
+                mine = slice(index * rows, (index + 1) * rows)
+                some = {name: value[mine] if torch.is_tensor(value) else value for name, value in inputs.items()}
+                found = losses(self.module(**some), index)
+                if torch.is_grad_enabled():
+                    found[0].backward()
+                total += found.detach()
+            dist.all_reduce(total)
+            return total / 2
+
+    def prepare(module: nn.Module, cell: Any, device: torch.device, learning_rate: float) -> ReplicatedEngine:
+        return Everything(place(module, cell.settings.precision, device), cell, learning_rate=learning_rate)
+
+    lie(monkeypatch, "hybrid", prepare)
+    assert refuted(run(root, "hybrid", pipeline_parallel=2)) >= IN_PARTS
+
+
+def test_a_pipeline_that_keeps_the_whole_frozen_base_on_every_stage_is_invalid(root, monkeypatch):
+    """ColossalAI lets go of the layers of other stages; here they stay, beside adapters that are where they belong."""
+    hybrid = all_strategies()["hybrid"]
+    real = hybrid.prepare
+
+    def hoarding(module: nn.Module, cell: Any, device: torch.device, learning_rate: float) -> Any:
+        spare = nn.ParameterList([nn.Parameter(one.detach().clone(), requires_grad=False) for one in module.parameters()])
+        engine = real(module, cell, device, learning_rate=learning_rate)
+        engine.module.spare = spare
+        return engine
+
+    lie(monkeypatch, "hybrid", hoarding)
+    assert refuted(run(root, "hybrid", pipeline_parallel=2, lora_rank=4)) == {"frozen"}
+
+
+def test_a_small_base_that_was_never_packed_is_invalid(root, monkeypatch):
+    lie(monkeypatch, "naive", replicated)
+    assert refuted(run(root, "naive", ranks=1, lora_rank=4, base_weights="nf4")) == {"frozen"}
 
 
 # ------------------------------------------------------------------------------------------------------- a strategy from outside

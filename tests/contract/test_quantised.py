@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import nn
 
+from bench.measure.evidence.walk import storages, walk
 from bench.models.build import build_policy, build_scorer
+from bench.needs import needs
 from bench.strategies.base import all_strategies
 from bench.strategies.precision import frozen_copy
 from bench.strategies.quantised import quantised_copy
 from tests.contract.rank_harness import run_ranks
-from tests.contract.strategy_work import make_cell, make_engine, one_step, train, trial_of
+from tests.contract.strategy_work import batch_BT, make_cell, make_engine, one_step, token_loss, train, trial_of
 from tests.trials import only, run_forked, tiny_cell, tiny_trial
 
 CPU = torch.device("cpu")
@@ -118,6 +120,52 @@ def test_layers_under_adapters_are_small_and_adapters_are_not(kind: str, dtype: 
     types = run_ranks(layer_types, 1, small_base("naive", 1, kind, precision="bf16-master"))[0]
     assert {types[name] for name in types if name.endswith("base_layer.weight")} == {dtype}
     assert {types[name] for name in types if "lora_" in name or "embeddings" in name} == {"torch.bfloat16"}
+
+
+def stored_bytes(cell) -> dict[str, int]:
+    """Bytes of all weights on this rank after a step, with scales and tables; and of inputs that only bitsandbytes keeps for the backward
+    pass, out of autograd's sight.
+    """
+    _, engine, module = make_engine(cell)
+    saved: set[int] = set()
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = token_loss(engine.module, batch_BT(cell, 0))
+    known = saved | {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    kept = [tensor for node in graph_of(loss) for tensor in (*getattr(node, "tensors", ()), getattr(node, "A", None)) if tensor is not None]
+    assert kept
+    one_step(engine, cell)
+    gradients = {parameter.grad.untyped_storage().data_ptr() for parameter in module.parameters() if parameter.grad is not None}
+    states = [child.state for child in module.modules() if hasattr(child, "state")]  # where 8-bit layers keep their scales
+    stored = storages(tensor for slot in walk([*module.parameters(), *states]).slots if (tensor := slot.read()) is not None)
+    return {
+        "weights": sum(tensor.untyped_storage().nbytes() for address, tensor in stored.items() if address not in gradients),
+        "kept beside": sum(tensor.nbytes for tensor in kept if tensor.untyped_storage().data_ptr() not in known),
+    }
+
+
+def graph_of(loss: torch.Tensor) -> set:
+    """All nodes of the autograd graph of `loss`."""
+    found, waiting = set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            waiting += [one for one, _ in node.next_functions]
+    return found
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16-master"])
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("model", ["bloom-tiny", "llama-tiny"])
+def test_theory_of_memory_is_what_bitsandbytes_stores(model: str, kind: str, precision: str) -> None:
+    cell = small_base("ddp", 2, kind, model=model, precision=precision)
+    for seen in run_ranks(stored_bytes, 2, cell):
+        assert seen == {"weights": needs(cell).weight_bytes, "kept beside": 0}
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])

@@ -145,9 +145,41 @@ def test_a_scorer_of_torch_has_the_parameters_of_the_theory():
         assert sum(parameter.numel() for parameter in scorer.parameters()) == network.parameters
 
 
-def test_ranks_that_split_a_model_hold_equal_parts_of_what_trains():
+def test_tensor_parallel_ranks_hold_halves_of_matrices_and_all_of_what_stays_whole():
+    """BLOOM-560m: of each layer four norm vectors and two biases of the hidden width, 1024, and the norms of embeddings and last layer."""
     whole = needs(cell("ppo"))
     split = needs(cell("ppo", strategy="hybrid", processes_per_node=4, tensor_parallel=2))
-    assert split.optimizer_bytes == pytest.approx(whole.optimizer_bytes / 2, rel=1e-6)
-    assert split.gradient_bytes == pytest.approx(whole.gradient_bytes / 2, rel=1e-6)
-    assert split.weight_bytes == pytest.approx(whole.weight_bytes * 3 / 4, rel=1e-2)  # reference and reward model stay whole
+    policy, replicated = BLOOM, 24 * 6 * 1024 + 4 * 1024
+    both = 2 * ((policy - replicated) // 2 + replicated) + 1024  # policy and critic, whose scalar head is whole
+    assert (split.gradient_bytes, split.optimizer_bytes) == (2 * both, 12 * both)
+    assert split.trainable == whole.trainable
+    assert split.weight_bytes == 2 * both + 2 * (2 * BLOOM + 1024)  # reference and reward model stay whole
+
+
+def test_the_fullest_stage_of_a_pipeline_counts():
+    """BLOOM-560m in four stages of six layers: the first has the embedding and its norm, the last a copy of it and the last norm."""
+    stages = [needs(cell(strategy="hybrid", processes_per_node=4, pipeline_parallel=4), stage=number) for number in range(4)]
+    layers, embedding, norm = 6 * (12 * 1024**2 + 13 * 1024), 250_880 * 1024, 2 * 1024
+    assert [one.optimizer_bytes for one in stages] == [
+        12 * size for size in (layers + embedding + norm, layers, layers, layers + embedding + norm)
+    ]
+    assert needs(cell(strategy="hybrid", processes_per_node=4, pipeline_parallel=4)).state_bytes == 16 * (layers + embedding + norm)
+
+
+ROWS = 24 * 9 * 1024
+"""Of all matrices of BLOOM-560m, four in each of 24 layers."""
+WEIGHTS = 24 * 12 * 1024**2
+
+
+@pytest.mark.parametrize(
+    ("kind", "bytes_of_matrices"),
+    [("int8", WEIGHTS + 4 * ROWS), ("nf4", WEIGHTS // 2 + WEIGHTS // 64 + 4 * WEIGHTS // (64 * 256) + 96 * 4 * 273)],
+)
+def test_a_base_in_few_bits_takes_those_bits_and_its_scales(kind, bytes_of_matrices):
+    """8 bits have a fp32 scale a row; 4 bits an 8-bit one for 64 weights, a fp32 one for 256 of those, and three tables a matrix."""
+    found = needs(cell(lora_rank=8, base_weights=kind))
+    assert found.weight_bytes == bytes_of_matrices + 2 * (BLOOM - WEIGHTS) + 2 * ADAPTERS
+    assert found.optimizer_bytes == 12 * ADAPTERS
+    ppo = needs(cell("ppo", frozen_weights="int8"))
+    small = WEIGHTS + 4 * ROWS + 2 * (BLOOM - WEIGHTS)
+    assert ppo.weight_bytes == 2 * (2 * BLOOM + 1024) + 2 * small + 2 * 1024

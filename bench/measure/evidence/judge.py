@@ -18,8 +18,11 @@ LEAST, MOST = 0.9, 1.4
 """Bytes seen over bytes expected. Chunks and padding take up to a third more on tiny models; a whole copy on two ranks is twice a share."""
 SLACK = 4096
 """Bytes beside that: step counters, paddings of tiny tensors."""
-WHOLE = 0.95
-"""Where one model is split over ranks, a rank holds less of it than this share."""
+MOST_WHOLE = 1.1
+"""The same for frozen weights that are whole, and for the part that a rank holds where one model is split over ranks. Both are known
+exactly, and a stage of a small model, with its embedding, holds up to seven eighths of it."""
+UNKNOWN_PART = 0.95
+"""Where it is not known how one model is split, a rank holds less of it than this share."""
 LEAST_MOVED = 1e-3
 """Mean movement of the updated values over the sum of learning rates. Adam moves a value by about the learning rate a step, whatever
 the gradient's size; over n steps of random signs by 1 / sqrt(n) of their sum."""
@@ -72,6 +75,10 @@ class Seen:
     frozen: int
     predicted: int | None
     """Trainable parameters by arithmetic on the model's configuration."""
+    part: int | None = None
+    """Those of this rank and its data-parallel peers; None if the architecture's numbers are not known."""
+    frozen_bytes: int | None = None
+    """Bytes of weights that never train, by the same arithmetic, before data-parallel ranks share them."""
     live: int | None
     """Trainable parameters of the prepared module."""
     parameters: Amount = NOTHING
@@ -121,11 +128,14 @@ def _trainable(seen: Seen, declared: Declared) -> Iterator[Check]:
     if expected is None:
         yield _check(seen, what, "not applicable", "the architecture's numbers are not known here, so nothing predicts the count")
         return
-    live = seen.trainable if seen.live is None or declared.model_parallel > 1 else seen.live
+    whole, part = expected, seen.part if declared.model_parallel > 1 else None
+    live = seen.trainable if seen.live is None or (declared.model_parallel > 1 and part is None) else seen.live
     kind = f"LoRA of rank {seen.lora_rank}" if seen.lora_rank else "full training"
+    expected = whole if part is None else part
+    here = "" if part is None else f", of which this rank's part has {part:,}"
     yield _check(
-        seen, what, live == expected == seen.trainable, f"{live:,} parameters train; {kind} of this model has {expected:,}", found=live,
-        expected=expected, unit="parameters",
+        seen, what, live == expected and seen.trainable == whole, f"{live:,} parameters train; {kind} of this model has {whole:,}{here}",
+        found=live, expected=expected, unit="parameters",
     )  # fmt: skip
 
 
@@ -160,18 +170,22 @@ def _gradients(seen: Seen, declared: Declared) -> Iterator[Check]:
 
 def _bytes(seen: Seen, declared: Declared, what: str, found: Amount, element_bytes: float) -> Check:
     """Bytes on this rank against the share of them that the declaration gives it."""
-    ways, whole = declared.ways(what), seen.trainable * element_bytes
-    expected = whole / ways
+    ways, expected = declared.ways(what), _elements(seen, declared) * element_bytes / declared.ways(what)
+    least, most, lies = LEAST * expected, MOST * expected + SLACK, "whole" if ways == 1 else f"a share of 1/{ways}"
     if declared.model_parallel > 1:
-        # Runs of layers are not equal: the embeddings, most of a small model, lie on one stage.
-        least, most = LEAST * expected / declared.model_parallel / 8, WHOLE * expected
-        lies = f"a part of a model that {declared.model_parallel} ranks hold between them, less than {written(most)}"
-    else:
-        least, most = LEAST * expected, MOST * expected + SLACK
-        lies = f"{written(expected)}, {'whole' if ways == 1 else f'a share of 1/{ways}'}"
+        lies, most = f"the part of a rank where {declared.model_parallel} hold one model between them", MOST_WHOLE * expected + SLACK
+        if seen.part is None:  # runs of layers are not equal: embeddings, most of a small model, lie on one stage
+            least, most = least / 8, UNKNOWN_PART * expected * declared.model_parallel
     size = _of_one_copy(found, least)
-    text = f"{written(size)} of {NOUNS[what]} on this rank; {lies}, is declared"
-    return _check(seen, what, least <= size <= most, text, found=size, expected=expected / declared.model_parallel, unit="bytes")
+    text = f"{written(size)} of {NOUNS[what]} on this rank; {written(expected)}, {lies}, is declared"
+    return _check(seen, what, least <= size <= most, text, found=size, expected=expected, unit="bytes")
+
+
+def _elements(seen: Seen, declared: Declared) -> float:
+    """Trainable parameters of this rank and its data-parallel peers."""
+    if declared.model_parallel == 1:
+        return seen.trainable
+    return seen.trainable / declared.model_parallel if seen.part is None else seen.part
 
 
 def _of_one_copy(found: Amount, least: float) -> int:
@@ -184,9 +198,17 @@ def _frozen(seen: Seen, declared: Declared) -> Iterator[Check]:
     if not seen.frozen:
         return
     found = seen.frozen_amount.bytes + seen.frozen_amount.host_bytes
-    expected = seen.frozen * WEIGHT_BYTES[declared.precision] / declared.ways("frozen")
-    text = f"{written(found)} of frozen parameters on this rank; {written(expected)} or less (8- or 4-bit weights) are expected"
-    yield _check(seen, "frozen", found <= MOST * expected + SLACK, text, found=found, expected=expected, unit="bytes")
+    expected = _frozen_whole(seen, declared) / declared.ways("frozen")
+    text = f"{written(found)} of frozen parameters on this rank; {written(expected)} are expected"
+    most = (MOST if declared.ways("frozen") > 1 or seen.frozen_bytes is None else MOST_WHOLE) * expected + SLACK
+    yield _check(seen, "frozen", found <= most, text, found=found, expected=expected, unit="bytes")
+
+
+def _frozen_whole(seen: Seen, declared: Declared) -> float:
+    """Bytes of weights that never train, before data-parallel ranks share them."""
+    if seen.frozen_bytes is not None:
+        return seen.frozen_bytes
+    return seen.frozen * WEIGHT_BYTES[declared.precision]
 
 
 def _placement(seen: Seen, declared: Declared) -> Iterator[Check]:
@@ -221,7 +243,7 @@ def _reduced(seen: Seen, declared: Declared) -> Iterator[Check]:
     if declared.data_parallel == 1:
         yield _check(seen, "reduced", "not applicable", "one data-parallel rank has nobody to add gradients up with")
         return
-    yield _traffic(seen, declared, "reduced", REDUCING, "gradients", seen.trainable)
+    yield _traffic(seen, declared, "reduced", REDUCING, "gradients", _elements(seen, declared) * WEIGHT_BYTES[declared.precision])
 
 
 def _gathered(seen: Seen, declared: Declared) -> Iterator[Check]:
@@ -229,8 +251,8 @@ def _gathered(seen: Seen, declared: Declared) -> Iterator[Check]:
     if declared.data_parallel == 1 or not declared.sharded & {"parameters", "optimizer"}:
         yield _check(seen, "gathered", "not applicable", "nothing that forward passes read is in shares")
         return
-    frozen = seen.frozen if "frozen" in declared.sharded else 0
-    yield _traffic(seen, declared, "gathered", GATHERING, "weights in shares", seen.trainable + frozen)
+    expected = seen.trainable * WEIGHT_BYTES[declared.precision] + (_frozen_whole(seen, declared) if "frozen" in declared.sharded else 0)
+    yield _traffic(seen, declared, "gathered", GATHERING, "weights in shares", expected)
 
 
 def _exchanged(seen: Seen, declared: Declared) -> Iterator[Check]:
@@ -243,13 +265,12 @@ def _exchanged(seen: Seen, declared: Declared) -> Iterator[Check]:
     yield _check(seen, "exchanged", size > SLACK, text, found=size, expected=SLACK, unit="bytes")
 
 
-def _traffic(seen: Seen, declared: Declared, what: str, kinds: tuple[str, ...], subject: str, elements: int) -> Check:
+def _traffic(seen: Seen, declared: Declared, what: str, kinds: tuple[str, ...], subject: str, expected: float) -> Check:
     if seen.collectives is None:
         return _check(seen, what, "not applicable", "no step was traced")
     found = {kind: traffic for kind, traffic in seen.collectives.items() if kind in kinds}
     size = sum(traffic.bytes for traffic in found.values())
-    expected = elements * WEIGHT_BYTES[declared.precision] / declared.model_parallel
-    least = LEAST * expected * (0.5 if declared.model_parallel > 1 else 1.0)
+    least = LEAST * expected * (0.5 if declared.model_parallel > 1 and seen.part is None else 1.0)
     listed = ", ".join(f"{traffic.count} {kind} of {written(traffic.bytes)}" for kind, traffic in found.items()) or "nothing"
     text = f"{listed} in the traced step; the {subject} are {written(expected)}"
     return _check(seen, what, size >= least, text, found=size, expected=expected, unit="bytes")

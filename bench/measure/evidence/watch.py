@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import inf
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,21 @@ LARGEST = float(torch.finfo(torch.float32).max)
 
 Networks = Callable[[Shape], Mapping[str, Network]]
 """The models of the cell's stage by role, given a shape."""
+
+
+class HeldHere(Protocol):
+    """What this rank and its data-parallel peers hold of a model (`bench.needs.Held`)."""
+
+    @property
+    def trainable(self) -> int:
+        """Parameters that train."""
+
+    @property
+    def frozen_bytes(self) -> int:
+        """Bytes of those that do not."""
+
+
+HeldBy = Callable[[Network], HeldHere]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -89,8 +104,8 @@ class Beside:
 class EvidenceWatch:
     """Evidence of one rank. Call in this order: `beside`, `begin`, `tracing` around one step, `end`, `conclude`."""
 
-    def __init__(self, cell: Cell, declared: Declared, networks: Networks, device: torch.device) -> None:
-        self._cell, self._declared, self._networks, self._device = cell, declared, networks, device
+    def __init__(self, cell: Cell, declared: Declared, networks: Networks, held: HeldBy, device: torch.device) -> None:
+        self._cell, self._declared, self._networks, self._held, self._device = cell, declared, networks, held, device
         self._models: list[Model] = []
         self._frozen: list[Frozen] = []
         self.traced = ""
@@ -185,9 +200,11 @@ class EvidenceWatch:
     def _seen(self, model: Model, series: Mapping[str, Sequence[float]]) -> Seen:
         holdings, trace, network = model.holdings, model.trace, model.network
         norms = series.get(series_of("gradient_norm", model.role), [])
+        held = None if network is None else self._held(network)
         return Seen(
             model=model.role, lora_rank=self._cell.lora_rank, trainable=model.trainable, frozen=model.frozen,
             predicted=None if network is None else network.trainable, live=holdings.count_trainable(),
+            part=None if held is None else held.trainable, frozen_bytes=None if held is None else held.frozen_bytes,
             parameters=holdings.parameters(), masters_are_parameters=holdings.masters_are_parameters,
             frozen_amount=holdings.frozen(), gradients=trace.gradients, optimizer=holdings.optimizer(),
             collectives=trace.collectives if trace.done else None,

@@ -108,6 +108,22 @@ def test_a_model_split_over_ranks_is_in_parts() -> None:
     assert refuted(seen(collectives={"all-reduce": Traffic(count=1, bytes=4)}, **halves), split) == ["exchanged"]
 
 
+@pytest.mark.parametrize(
+    ("part", "held", "found"),
+    [
+        (600_000, 600_000, []),
+        (600_000, 560_000, ["trainable"]),
+        (600_000, 700_000, ["trainable", "parameters", "gradients", "optimizer"]),
+        (600_000, 500_000, ["trainable", "parameters", "gradients", "optimizer"]),
+        (870_000, 1_000_000, ["trainable", "parameters", "gradients", "optimizer"]),
+    ],
+)
+def test_a_rank_of_a_split_model_holds_its_part_within_a_tenth_and_counts_it_exactly(part: int, held: int, found: list[str]) -> None:
+    split = Declared(data_parallel=1, model_parallel=2)
+    amounts = {"parameters": in_bytes(4 * held), "gradients": in_bytes(4 * held), "optimizer": in_bytes(8 * held)}
+    assert refuted(seen(part=part, live=held, agreement=None, **amounts), split) == found
+
+
 @pytest.mark.parametrize("changes", [{"live": 0}, {"live": P + 1}, {"predicted": P // 2}, {"trainable": P + 1, "live": P}])
 def test_a_count_that_is_not_the_predicted_one_is_refuted(changes: dict[str, int]) -> None:
     assert "trainable" in refuted(seen(**changes))
@@ -122,6 +138,14 @@ def test_frozen_weights_may_be_smaller_than_the_mode_says_but_not_larger() -> No
     assert refuted(seen(frozen_amount=in_bytes(10 * P, 1), **lora)) == []
     assert refuted(seen(frozen_amount=in_bytes(80 * P, 8), **lora)) == ["frozen"]
     assert refuted(seen(frozen_amount=in_bytes(40 * P), **lora), dataclasses.replace(DDP, sharded=frozenset({"frozen"}))) == ["frozen"]
+
+
+def test_frozen_weights_that_are_whole_are_known_within_a_tenth() -> None:
+    small = {"frozen": 10 * P, "frozen_bytes": 6 * P, "lora_rank": 8, "adapters": Share(some=4, of=4), "unmoved": Share(some=9, of=9)}
+    assert refuted(seen(frozen_amount=in_bytes(6.5 * P, 1), **small)) == []
+    assert refuted(seen(frozen_amount=in_bytes(6.7 * P, 1), **small)) == ["frozen"]
+    halves = Declared(data_parallel=2, sharded=frozenset({"frozen"}))
+    assert refuted(seen(frozen_amount=in_bytes(4.1 * P, 1), **small), halves) == []
 
 
 def test_learning_that_did_not_happen_is_refuted() -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from bench.cell import Cell
 from bench.measure.shape import shape_of
+from bench.needs import needs
 from bench.peak_memory import moments, peak_moment
 from bench.report.inventory import Row, read_inventory
 from bench.report.metrics import Trial
@@ -101,6 +102,51 @@ def test_ppo_holds_four_models_and_the_largest_of_its_moments() -> None:
     assert peak > (2 * 14 + 2 * 2) * PARAMETERS
     many = make_cell("ppo", lora_rank=8, prompts_per_iteration=4096, **{**GPU, "micro_batch": 1, "global_batch": 32})
     assert bytes_of(many)[0] == "rollout"
+
+
+LAYERS, VOCABULARY_ROWS = 24 * (12 * 1024**2 + 13 * 1024), 250_880 * 1024
+WHOLE_UNDER_SLICES = 24 * 6 * 1024 + 4 * 1024
+"""Of BLOOM-560m: norms, and biases of the matrices that write a layer's output."""
+
+
+def test_slices_by_hand() -> None:
+    """BLOOM-560m over two ranks, 4 x 256 positions: inputs of norms (4 h) whole, the rest (12 h, squares) halved, whole logits."""
+    cell = make_cell(
+        "sft", "hybrid", processes_per_node=2, tensor_parallel=2, sequence_length=256, **{**GPU, "micro_batch": 4, "global_batch": 4}
+    )
+    held = (PARAMETERS - WHOLE_UNDER_SLICES) // 2 + WHOLE_UNDER_SLICES
+    layer = 4 * (256 * 2 * (4 + 12 / 2) * 1024 + 6 * 16 / 2 * 256**2)
+    loss = 2 * 2 * 1000 * 250_880 + 3 * 4 * (2**26 // 250_880 * 250_880)
+    shape = shape_of("bloom-560m")
+    assert shape is not None
+    found = {moment.name: moment.bytes for moment in moments(cell, shape, heads=1000)}
+    assert found == {"loss of the policy": 14 * held + 24 * layer + loss, "step of the policy": 24 * held}
+
+
+def test_stages_of_a_pipeline_by_hand() -> None:
+    """Two stages of 12 layers: the first keeps two micro-batches and no logits, the last one micro-batch and the head's work."""
+    cell = make_cell(
+        "sft", "hybrid", processes_per_node=2, pipeline_parallel=2, sequence_length=256, **{**GPU, "micro_batch": 4, "global_batch": 16}
+    )
+    shape = shape_of("bloom-560m")
+    assert shape is not None
+    held = LAYERS // 2 + VOCABULARY_ROWS + 2 * 1024
+    layer = 4 * (256 * 2 * 16 * 1024 + 6 * 16 * 256**2)
+    loss = 2 * 2 * 1000 * 250_880 + 3 * 4 * (2**26 // 250_880 * 250_880)
+    found = [(moment.name, moment.bytes) for moment in moments(cell, shape, heads=1000)]
+    assert found == [
+        ("loss of the policy", 16 * held + 2 * 12 * layer + layer), ("step of the policy", 24 * held),
+        ("loss of the policy", 16 * held + 12 * layer + loss), ("step of the policy", 24 * held),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_base_in_few_bits_saves_its_bytes_and_unpacks_one_matrix_at_a_time(kind: str) -> None:
+    shared = {**GPU, "micro_batch": 4, "global_batch": 4, "lora_rank": 8, "sequence_length": 256}
+    stored, small = (make_cell("sft", base_weights=weights, **shared) for weights in ("stored", kind))
+    saved = needs(stored).weight_bytes - needs(small).weight_bytes  # type: ignore[union-attr]
+    assert bytes_of(stored)[0] == bytes_of(small)[0] == "loss of the policy"
+    assert bytes_of(stored)[1] - bytes_of(small)[1] == saved - 2 * 4 * 1024**2
 
 
 def test_what_is_not_known_has_a_reason() -> None:
