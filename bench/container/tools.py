@@ -33,8 +33,10 @@ _WORDS = (
         "unshare: ",
         "the kernel refuses user namespaces (sysctl user.max_user_namespaces); build elsewhere and `container verify` the file here",
     ),
-    ("DO NOT MATCH THE HASHES", "a wheel is not the locked one; remove it from the wheelhouse and run the same command again"),
+    ("DO NOT MATCH THE HASHES", "a file is not the locked one: it, or the lock, was changed"),
 )
+_NOISE = ("Error: building at STEP", "subprocess exited with")
+"""How lines of buildah begin that repeat the step or say only that it failed."""
 
 
 def missing_programs(*programs: str) -> list[str]:
@@ -93,4 +95,5 @@ def explain(output: str) -> str:
 def tail(done: subprocess.CompletedProcess[str]) -> str:
     """The last words of a failed program, on one line."""
     lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-    return " | ".join(lines[-4:])[-800:] or "nothing printed"
+    telling = [line for line in lines if not line.startswith(_NOISE)]
+    return " | ".join((telling or lines)[-4:])[-800:] or "nothing printed"

@@ -5,6 +5,7 @@ pip fetches, from wherever it is configured to (a registry, a mirror, a folder),
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 import tempfile
@@ -14,7 +15,8 @@ from bench.container.images import Image
 from bench.container.inputs import text_digest
 from bench.container.requirements import compiler_requirements, source_requirements, wheel_requirements
 from bench.container.tools import run
-from bench.errors import UserError
+from bench.data.cache import sha256_of
+from bench.errors import MachineError, UserError
 
 _OLD = ("manylinux2014_x86_64", "manylinux1_x86_64", "linux_x86_64")
 PLATFORMS = (*(f"manylinux_2_{minor}_x86_64" for minor in range(28, 4, -1)), *_OLD)
@@ -34,15 +36,28 @@ def compiler_wheelhouse(image: Image, folder: Path) -> Path:
 
 
 def filled(name: str, wheels: str, sources: str, folder: Path) -> Path:
-    """A folder with what these hashed requirements name, fetched if it is not there yet. Raises MachineError."""
+    """A folder with what these hashed requirements name, fetched if it is not there yet. Raises MachineError, also for changed files."""
     house = folder / f"{name}-{text_digest(wheels + sources)[:12]}"
-    if not (house / DONE).exists():
+    if (house / DONE).exists():
+        check_house(house, wheels + sources)
+    else:
         house.mkdir(parents=True, exist_ok=True)
         fetch(wheels, house, python="3.11", what=f"fetching the locked wheels, {name}")
         if sources:
             fetch(sources, house, python=None, what=f"fetching the locked sources, {name}")
         (house / DONE).touch()
     return house
+
+
+def check_house(house: Path, requirements: str) -> None:
+    """Raise MachineError if a file that was fetched is none of those that the requirements name; the next build fetches what is gone."""
+    locked = set(re.findall(r"--hash=sha256:(\w+)", requirements))
+    for path in sorted(house.iterdir()):
+        if path.name != DONE and (seen := sha256_of(path)) not in locked:
+            (house / DONE).unlink()
+            raise MachineError(
+                f"{path}: not a locked file; seen: sha256 {seen}, which no lock names; remove it, and the next build fetches it again"
+            )
 
 
 def fetch(requirements: str, house: Path, *, python: str | None, what: str) -> None:
@@ -90,8 +105,6 @@ def build_sources(image: Image, house: Path) -> None:
 
 def requirements_of(house: Path) -> str:
     """A hashed requirement file of the wheels in a folder."""
-    from bench.data.cache import sha256_of
-
     lines = []
     for wheel in sorted(house.glob("*.whl")):
         name, version = wheel.name.split("-")[:2]

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 
 import pytest
 
-from bench.container import build, images, inputs, requirements, verify
+from bench.container import build, images, inputs, requirements, verify, wheelhouse
 from bench.container.images import image_named
-from bench.container.tools import explain, require, require_space
+from bench.container.tools import explain, require, require_space, run
 from bench.container.wheelhouse import make_wheelhouse, requirements_of
 from bench.data.cache import sha256_of
 from bench.errors import MachineError, UserError
@@ -125,6 +126,29 @@ def test_a_wheelhouse_goes_into_a_new_folder_only(tmp_path):
     (tmp_path / "house" / "mine").touch()
     with pytest.raises(UserError, match="not empty; seen: 1 entries"):
         make_wheelhouse(image_named("cpu"), tmp_path / "house", python="3.12", cache=tmp_path)
+
+
+def test_a_changed_wheel_is_named_and_fetched_again_once_it_is_removed(tmp_path, monkeypatch):
+    def fetch(_, house, **__):
+        (house / "six-1.0-py3-none-any.whl").write_bytes(b"wheel")
+
+    monkeypatch.setattr(wheelhouse, "fetch", fetch)
+    lock = f"six==1.0 \\\n    --hash=sha256:{hashlib.sha256(b'wheel').hexdigest()}\n"
+    wheel = wheelhouse.filled("cpu", lock, "", tmp_path) / "six-1.0-py3-none-any.whl"
+    wheelhouse.filled("cpu", lock, "", tmp_path)
+    wheel.write_bytes(b"tampered")
+    with pytest.raises(
+        MachineError, match=r"six-1.0-py3-none-any.whl: not a locked file; seen: sha256 \w{64}, which no lock names; remove"
+    ):
+        wheelhouse.filled("cpu", lock, "", tmp_path)
+    wheel.unlink()
+    assert (wheelhouse.filled("cpu", lock, "", tmp_path) / wheel.name).read_bytes() == b"wheel"
+
+
+def test_what_a_failed_step_of_buildah_says_is_told_without_the_step(tmp_path):
+    script = "echo pip: no such wheel >&2; echo 'Error: building at STEP \"RUN set -e; long\": exit status 1' >&2; exit 1"
+    with pytest.raises(MachineError, match=r"^Containerfile: it failed; seen: sh ended with 1: pip: no such wheel$"):
+        run(["sh", "-c", script], what="Containerfile")
 
 
 def test_a_wheelhouse_lists_its_wheels_with_hashes(tmp_path):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench.container import kernels
+from bench.container import build, kernels, verify
 from bench.container.buildah import Store
 from bench.container.images import image_named, images
 from bench.container.inputs import build_inputs, kernel_inputs
@@ -94,3 +95,35 @@ def test_a_compiler_is_locked_for_the_images_own_cuda_with_hashes() -> None:
         assert bool(locked) == bool(image.compiler)
         assert {item.name for item in locked if not item.version.startswith(f"{image.cuda}.")} == set()
         assert all("--hash=sha256:" in item.text for item in locked)
+
+
+def built_with(tmp_path: Path, digest: str) -> build.Built:
+    modules = kernels.Kernels(digest, kernel_inputs(IMAGE), {"x.so": "0" * 64})
+    return build.Built(IMAGE, "sha256:environment", "sha256:x", build_inputs(IMAGE), "p", tmp_path / "x.sqfs", None, modules)
+
+
+def test_other_kernels_than_the_committed_ones_are_told_with_what_differs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    before = {"digest": "sha256:kernels", "inputs": {**kernel_inputs(IMAGE), "compiler": "f" * 64}}
+    known = {"digest": "sha256:environment", "inputs": build_inputs(IMAGE), "kernels": before}
+    monkeypatch.setattr(verify, "committed", lambda _: known)
+    assert verify.verify(IMAGE, built_with(tmp_path, "sha256:kernels")) == []
+    (text,) = verify.verify(IMAGE, built_with(tmp_path, "sha256:others"))
+    assert text.startswith(
+        "current: other kernels; seen: sha256:others; sha256:kernels is committed; inputs differ: compiler: ffffffffffff -> "
+    )
+    monkeypatch.setattr(verify, "committed", lambda _: {key: value for key, value in known.items() if key != "kernels"})
+    assert "none is committed" in verify.verify(IMAGE, built_with(tmp_path, "sha256:kernels"))[0]
+
+
+def test_explain_says_which_images_have_kernels() -> None:
+    assert any(line.startswith("ColossalAI's kernels, compiled into it") for line in verify.explain(IMAGE))
+    assert verify.NO_KERNELS in verify.explain(image_named("upstream"))
+    assert not any("kernels" in line for line in verify.explain(image_named("cpu")))
+
+
+def test_an_image_is_found_again_only_with_the_kernels_that_would_be_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made = built_with(tmp_path, "sha256:kernels")
+    made.squashfs.write_bytes(b"squashfs")
+    (tmp_path / "coati-bench-current-x.json").write_text(json.dumps(made.to_json()))
+    assert build.built_here(IMAGE, tmp_path) == [made]
+    assert build.built_here(IMAGE._replace(architectures=("9.0",)), tmp_path) == []
