@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import textwrap
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from bench.container.scratch import remove_left, scratch_folder
+from bench.container.tools import DIES_WITH_US
 
 BUILDER = textwrap.dedent("""
     import sys, time
@@ -70,3 +75,22 @@ def test_what_earlier_versions_left_goes_too(tmp_path: Path, capsys: pytest.Capt
         pass
     assert not list(tmp_path.glob(".build-*"))
     assert f"{tmp_path / '.build-avddxzys'}: left by a build that was killed; removed" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not DIES_WITH_US, reason="setpriv of util-linux is not here")
+def test_what_a_killed_build_ran_dies_with_it(tmp_path: Path) -> None:
+    script = "from bench.container.tools import run; run(['sh', '-c', 'echo $$; echo $$ > pid.part; mv pid.part pid; exec sleep 600'])"
+    builder = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    until((tmp_path / "pid").exists)
+    number = int((tmp_path / "pid").read_text())
+    builder.kill()
+    builder.wait()
+    until(lambda: not psutil.pid_exists(number) or psutil.Process(number).status() == psutil.STATUS_ZOMBIE)
+
+
+def until(holds: Callable[[], bool]) -> None:
+    """Wait until something holds; a minute is far more than it needs."""
+    end = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.02)
