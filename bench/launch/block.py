@@ -22,6 +22,7 @@ from bench.launch.warm import run_warm
 from bench.launch.watch import Stop, listening
 from bench.layout import Layout
 from bench.matrix import Block, Plan, load_plan
+from bench.measure.allocations import allocations
 from bench.record import Record, write_json
 from bench.shared_disk import patiently
 from bench.trial import Trial, make_trial
@@ -52,16 +53,18 @@ def run_block(
         log = layout.root / "logs" / f"{block.block_id}-parent.log"
         parent = stack.enter_context(ForkParent(log, program=program, preload=preload, search_path=search_path, keep=(lock,)))
         agents = agents_here(block.nodes, program=program, search_path=search_path, keep=(lock,))
-        records = []
+        records, seen = [], []
         for number, cell_id in enumerate(block.cells, 1):
             title = f"[{number}/{len(block.cells)}] {describe(plan.cells[cell_id])}"
             record = _run_one(plan, block, layout, cell_id, title, parent=parent, agents=agents, stop=heard)
             if heard.asked:
                 print(f"interrupted by {heard.asked}; run it again to go on", flush=True)
                 return INTERRUPTED
+            seen.append(record)
             path = layout.record(cell_id, block.trial).relative_to(layout.root)
             records.append({"cell_id": cell_id, "trial": block.trial, "outcome": record.outcome, "path": str(path)})
-        content = {"schema": BLOCK_SCHEMA, "block_id": block.block_id, "records": records}
+        nodes = [found.as_json() for found in allocations(seen)]
+        content = {"schema": BLOCK_SCHEMA, "block_id": block.block_id, "records": records, "allocations": nodes}
         patiently(lambda: write_json(content, target), target, "the list of its records", heard.wait)
     return 0
 

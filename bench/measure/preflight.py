@@ -66,7 +66,7 @@ def _exchange(device: torch.device) -> tuple[list[float], list[float], float]:
     """Wall times around small all-reduces, and the median seconds of one."""
     import torch
 
-    value = torch.ones(1, device=device)
+    value = torch.zeros(1, device=device)
     _reduce(value)  # connects the ranks
     entries, exits, seconds = [], [], []
     for _ in range(EXCHANGES):
@@ -142,10 +142,14 @@ def _differences(first: Seen, other: Seen) -> dict[str, list[str | None]]:
     return {name: [first.code.get(name), other.code.get(name)] for name in names if first.code.get(name) != other.code.get(name)}
 
 
+def preflight_of(parts: Iterable[Part]) -> dict[str, Any] | None:
+    """What the ranks of a trial found before they began, or None."""
+    return next((part.facts["preflight"] for part in parts if "preflight" in part.facts), None)
+
+
 def preflight_flags(parts: Iterable[Part]) -> list[str]:
     """What a reader must know of the nodes, by their numbers: other versions or another image, a clock that is off."""
-    found = next((part.facts["preflight"] for part in parts if "preflight" in part.facts), None)
-    if found is None:
+    if (found := preflight_of(parts)) is None:
         return []
     flags = [f"node {node} is not the same as the first: {_in_words(values)}" for node, values in found["differences"].items()]
     for node, clock in found["clocks"].items():

@@ -15,6 +15,7 @@ from bench.report.device import measured_on
 from bench.report.evidence import evidence_tables
 from bench.report.headline import Answer, Tile, answers, sentences, tiles
 from bench.report.inventory import BadFile
+from bench.report.nodes import node_tables
 from bench.report.plots import Figure, stage_figures, style_of
 from bench.report.provenance import DataSet, Fact, data_sets, provenance_facts, run_facts, without_paths
 from bench.report.registry import Given, NoValue
@@ -203,7 +204,7 @@ def _stage(analysis: Analysis, stage: str) -> StagePart:
     strategies = tuple(name for name in analysis.strategies if any(result.cell.strategy == name for result in results))
     return StagePart(
         stage, SPECS[stage].title, strategies, _grid(analysis, stage), table,
-        (*detail_tables(results), *scaling_tables(results), *evidence_tables(results)),
+        (*detail_tables(results), *scaling_tables(results), *node_tables(results), *evidence_tables(results)),
         tuple(stage_figures(analysis, stage)), tuple(_notes(results)),
     )  # fmt: skip
 
