@@ -15,7 +15,8 @@ ROOT = Path("/")
 
 _SCHEDULERS = {
     "slurm": ("SLURM_JOB_ID", {"array_task": "SLURM_ARRAY_TASK_ID", "step": "SLURM_STEP_ID", "partition": "SLURM_JOB_PARTITION",
-                               "nodes": "SLURM_JOB_NODELIST", "cluster": "SLURM_CLUSTER_NAME"}),
+                               "nodes": "SLURM_JOB_NODELIST", "cluster": "SLURM_CLUSTER_NAME",
+                               "restarts": "SLURM_RESTART_COUNT"}),
     "pbs": ("PBS_JOBID", {"array_task": "PBS_ARRAY_INDEX", "partition": "PBS_QUEUE"}),
     "lsf": ("LSB_JOBID", {"array_task": "LSB_JOBINDEX", "partition": "LSB_QUEUE", "nodes": "LSB_HOSTS"}),
     "flux": ("FLUX_JOB_ID", {}),

@@ -85,8 +85,12 @@ class Timeline:
             content["nodes"] = {str(node): timeline.content() for node, timeline in nodes.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f".{path.name}.draft")
-        draft.write_bytes(gzip.compress(json.dumps(content, separators=(",", ":")).encode(), mtime=0))
-        draft.replace(path)
+        try:
+            draft.write_bytes(gzip.compress(json.dumps(content, separators=(",", ":")).encode(), mtime=0))
+            draft.replace(path)
+        except OSError:
+            draft.unlink(missing_ok=True)
+            raise
 
 
 def load_timeline(path: Path) -> dict[str, Any]:

@@ -24,17 +24,16 @@ def host_name(number: int) -> str:
     return f"cbn-n{number}"
 
 
-def missing() -> str | None:
-    """Why this machine cannot have such hosts, or None."""
+class NoClusterError(Exception):
+    """This machine cannot simulate a cluster, and why. No code of the product runs before a cluster is up, so it is never its fault."""
+
+
+def check() -> None:
+    """Raise NoClusterError where it is plain from the start that this machine cannot have such hosts."""
     if os.geteuid() != 0:
-        return "root is needed"
-    tools = [tool for tool in ("ip", "unshare", "nsenter") if shutil.which(tool) is None]
-    if tools:
-        return f"not installed: {', '.join(tools)}"
-    probe = "ip netns add cbn-probe && unshare --mount --uts --net true && ip -n cbn-probe link add cbn-p0 type veth peer name cbn-p1"
-    done = subprocess.run(["sh", "-c", probe], capture_output=True, text=True, check=False)
-    subprocess.run(["ip", "netns", "del", "cbn-probe"], capture_output=True, check=False)
-    return None if done.returncode == 0 else f"network namespaces are not to be had: {done.stderr.strip()}"
+        raise NoClusterError("root is needed")
+    if tools := [tool for tool in ("ip", "unshare", "nsenter", "mount") if shutil.which(tool) is None]:
+        raise NoClusterError(f"not installed: {', '.join(tools)}")
 
 
 class Hosts:
@@ -45,20 +44,41 @@ class Hosts:
         self._etc = etc or {}
 
     def __enter__(self) -> Self:
+        """Raises NoClusterError, with nothing left behind."""
         self.__exit__()
-        for name in (BRIDGE_HOST, *self.names):
-            _run("ip", "netns", "add", name)
-            _run("ip", "-n", name, "link", "set", "lo", "up")
-            self._lay_out_etc(name)
-        _run("ip", "-n", BRIDGE_HOST, "link", "add", "br0", "type", "bridge")
-        _run("ip", "-n", BRIDGE_HOST, "addr", "add", f"{NET}.1/24", "dev", "br0")
-        _run("ip", "-n", BRIDGE_HOST, "link", "set", "br0", "up")
-        for number, name in enumerate(self.names, 1):
-            _run("ip", "-n", name, "link", "add", "eth0", "type", "veth", "peer", "name", f"port{number}", "netns", BRIDGE_HOST)
-            _run("ip", "-n", BRIDGE_HOST, "link", "set", f"port{number}", "master", "br0", "up")
-            _run("ip", "-n", name, "addr", "add", f"{self.address(name)}/24", "dev", "eth0")
-            _run("ip", "-n", name, "link", "set", "eth0", "up")
+        try:
+            self._lay_out()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
+
+    def _lay_out(self) -> None:
+        for name in (BRIDGE_HOST, *self.names):
+            run_here("ip", "netns", "add", name)
+            run_here("ip", "-n", name, "link", "set", "lo", "up")
+            try:
+                self._lay_out_etc(name)
+            except OSError as error:
+                raise NoClusterError(f"{error.filename}: {error.strerror}") from error
+        run_here("ip", "-n", BRIDGE_HOST, "link", "add", "br0", "type", "bridge")
+        run_here("ip", "-n", BRIDGE_HOST, "addr", "add", f"{NET}.1/24", "dev", "br0")
+        run_here("ip", "-n", BRIDGE_HOST, "link", "set", "br0", "up")
+        for number, name in enumerate(self.names, 1):
+            run_here("ip", "-n", name, "link", "add", "eth0", "type", "veth", "peer", "name", f"port{number}", "netns", BRIDGE_HOST)
+            run_here("ip", "-n", BRIDGE_HOST, "link", "set", f"port{number}", "master", "br0", "up")
+            run_here("ip", "-n", name, "addr", "add", f"{self.address(name)}/24", "dev", "eth0")
+            run_here("ip", "-n", name, "link", "set", "eth0", "up")
+            self._check(name)
+
+    def _check(self, name: str) -> None:
+        """That a command runs there as on a host of its own."""
+        try:
+            done = self.run(name, "sh", "-c", "hostname; cat /etc/hosts")
+        except subprocess.TimeoutExpired as error:
+            raise NoClusterError(f"a command on a host does not end: {error}") from error
+        if done.returncode or done.stdout.split()[0] != name or self.address(name) not in done.stdout:
+            raise NoClusterError(f"no command can run on a host of its own: {(done.stderr or done.stdout).strip()[-300:]}")
 
     def __exit__(self, *_: object) -> None:
         for name in _known():
@@ -83,11 +103,11 @@ class Hosts:
 
     def cut(self, name: str) -> None:
         """Take the link of a host away."""
-        _run("ip", "-n", BRIDGE_HOST, "link", "set", f"port{self.names.index(name) + 1}", "down")
+        run_here("ip", "-n", BRIDGE_HOST, "link", "set", f"port{self.names.index(name) + 1}", "down")
 
     def mend(self, name: str) -> None:
         """Give it back."""
-        _run("ip", "-n", BRIDGE_HOST, "link", "set", f"port{self.names.index(name) + 1}", "up")
+        run_here("ip", "-n", BRIDGE_HOST, "link", "set", f"port{self.names.index(name) + 1}", "up")
 
     @staticmethod
     def pids(name: str) -> list[int]:
@@ -139,5 +159,11 @@ def _known() -> list[str]:
     return [line.split()[0] for line in listed if line.startswith(("cbn-n", BRIDGE_HOST))]
 
 
-def _run(*command: str) -> None:
-    subprocess.run(command, check=True, capture_output=True)
+def run_here(*command: str) -> None:
+    """Run a command on the machine itself. Raises NoClusterError with what it said if it fails."""
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+    except subprocess.CalledProcessError as error:
+        raise NoClusterError(f"`{' '.join(command)}` failed: {error.stderr.strip()[-300:]}") from error
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NoClusterError(f"`{' '.join(command)}` failed: {error}") from error

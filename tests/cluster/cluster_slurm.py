@@ -6,13 +6,16 @@ import os
 import shutil
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
-from cluster_hosts import BRIDGE_HOST, Hosts, end
+from cluster_disk import SharedFolder
+from cluster_hosts import BRIDGE_HOST, Hosts, NoClusterError, end
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "munged")
 PACKAGES = ("slurm-wlm", "munge")
+START_SECONDS = 60.0
 CORES, MEGABYTES = 8, 30000
 """Of each host, as Slurm is told; nothing is enforced."""
 
@@ -22,7 +25,7 @@ SlurmctldHost={controller}({address})
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket,cred_expire={requeue_delay}
 CredType=cred/munge
 MpiDefault=none
 ProctrackType=proctrack/linuxproc
@@ -48,21 +51,31 @@ SlurmdLogFile={folder}/slurmd.%n.log
 SlurmdSpoolDir={folder}/spool.%n
 StateSaveLocation={folder}/state
 {nodes}
-PartitionName=cbn Nodes=ALL Default=YES MaxTime=60 State=UP PreemptMode=OFF
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName={partition} Nodes=ALL Default=YES MaxTime=60 State=UP PriorityTier=1
+PartitionName={urgent} Nodes=ALL MaxTime=60 State=UP PriorityTier=10 PreemptMode=OFF
 """
+PARTITION, URGENT = "cbn", "urgent"
+"""The usual partition, and the one whose jobs preempt those of the usual one, which are requeued."""
+REQUEUE_DELAY = 20
+"""Seconds after which a requeued job may begin again, which Slurm couples to the life of its credentials; usually 120."""
 
 
-def install() -> str | None:
-    """Have Slurm installed from the distribution's packages if it is missing; return why it is not there, or None."""
+def install() -> None:
+    """Have Slurm installed from the distribution's packages if it is missing. Raises NoClusterError if it is not there then."""
     if all(map(shutil.which, PROGRAMS)):
-        return None
+        return
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
-        return "Slurm is not installed, and only root with apt can install it here"
+        raise NoClusterError("Slurm is not installed, and only root with apt can install it here")
     command = f"apt-get update -qq; apt-get install -y -qq --no-install-recommends {' '.join(PACKAGES)}"
-    done = subprocess.run(
-        ["sh", "-c", command], capture_output=True, text=True, check=False, env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    )
-    return None if all(map(shutil.which, PROGRAMS)) else f"Slurm cannot be installed here: {done.stderr.strip()[-300:]}"
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}  # the packages' services are not started
+    try:
+        done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False, env=environment, timeout=240)
+    except subprocess.TimeoutExpired as error:
+        raise NoClusterError(f"Slurm cannot be installed here: {error}") from error
+    if not all(map(shutil.which, PROGRAMS)):
+        raise NoClusterError(f"Slurm cannot be installed here: {done.stderr.strip()[-300:]}")
 
 
 class Slurm:
@@ -72,6 +85,7 @@ class Slurm:
         self.folder, self._timeout = folder, slurmd_timeout
         self._daemons: list[subprocess.Popen[bytes]] = []
         self._controller: subprocess.Popen[bytes] | None = None
+        self.disks = SharedFolder(folder / "disks")
         etc = folder / "etc"
         etc.mkdir(parents=True)
         (folder / "state").mkdir()
@@ -85,29 +99,45 @@ class Slurm:
             address=self.hosts.address(BRIDGE_HOST),
             folder=self.folder,
             slurmd_timeout=self._timeout,
+            requeue_delay=REQUEUE_DELAY,
+            partition=PARTITION,
+            urgent=URGENT,
             nodes="\n".join(nodes),
         )
 
     def __enter__(self) -> Self:
+        """Raises NoClusterError, with nothing left behind."""
         self.hosts.__enter__()
         try:
+            self.disks.__enter__()
             self._start_munge()
             self.start_controller()
             for name in self.hosts.names:
                 self._daemons.append(self.hosts.popen(name, "slurmd", "-D", "-N", name, log=self.folder / f"slurmd-{name}.out"))
-            self._await_idle(60)
+            self._await_idle(START_SECONDS)
+            self._check()
+        except AssertionError as error:
+            self.__exit__()
+            raise NoClusterError(f"Slurm does not come up: {error}") from error
         except BaseException:
             self.__exit__()
             raise
         return self
 
+    def _check(self) -> None:
+        """That a job runs to its end on all hosts."""
+        done = self.login("srun", "--nodes", str(len(self.hosts.names)), "hostname", seconds=START_SECONDS)
+        assert sorted(done.stdout.split()) == sorted(self.hosts.names), f"a first job said {(done.stderr or done.stdout).strip()[-300:]!r}"
+
     def __exit__(self, *_: object) -> None:
-        self.hosts.run(BRIDGE_HOST, "scancel", "--user=root")
+        with suppress(subprocess.TimeoutExpired):
+            self.hosts.run(BRIDGE_HOST, "scancel", "--user=root")
         daemons = [*self._daemons, *([self._controller] if self._controller else [])]
         end(daemon.pid for daemon in daemons if daemon.poll() is None)
         self.hosts.__exit__()
         for daemon in daemons:
             daemon.wait()
+        self.disks.__exit__()
 
     def _start_munge(self) -> None:
         key = self.folder / "munge.key"
@@ -119,7 +149,7 @@ class Slurm:
         command = ["munged", "--foreground", "--force", *(f"--{name}={path}" for name, path in options.items())]
         with (self.folder / "munged.out").open("ab") as log:
             self._daemons.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True))
-        _wait_for((self.folder / "munge.socket").exists, 20, "munged did not start")
+        _wait_for((self.folder / "munge.socket").exists, START_SECONDS, "munged did not start", self.folder / "munged.out")
 
     def start_controller(self) -> None:
         """Start slurmctld, which goes on from its saved state."""
@@ -146,7 +176,7 @@ class Slurm:
 
     def _await_idle(self, seconds: float) -> None:
         def idle() -> bool:
-            states = self.login("sinfo", "-h", "-N", "-o", "%N %t").stdout.split()
+            states = self.login("sinfo", "-h", "-N", "-p", PARTITION, "-o", "%N %t").stdout.split()
             return states == [word for name in self.hosts.names for word in (name, "idle")]
 
         _wait_for(idle, seconds, "nodes are not idle", self.folder / "slurmctld.log")
@@ -156,6 +186,6 @@ def _wait_for(condition: object, seconds: float, problem: str, log: Path | None 
     deadline = time.monotonic() + seconds
     while not condition():  # type: ignore[operator]
         if time.monotonic() > deadline:
-            text = log.read_text(errors="replace")[-2000:] if log and log.exists() else ""
-            raise AssertionError(f"{problem} after {seconds:g} s\n{text}")
+            lines = log.read_text(errors="replace").splitlines() if log and log.exists() else []
+            raise AssertionError(f"{problem} after {seconds:g} s; {' | '.join(lines[-3:])[-600:]}")
         time.sleep(0.3)

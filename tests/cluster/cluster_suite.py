@@ -15,6 +15,8 @@ from typing import Any
 from cluster_hosts import BRIDGE_HOST, end
 from cluster_slurm import Slurm
 
+from bench.launch.queue import Queue
+from bench.launch.workflow import SOURCE_TREE, snakemake_command
 from bench.layout import Layout
 from bench.matrix import load_plan
 from bench.record import Record, load_record
@@ -24,7 +26,7 @@ PROGRAM = str(Path(sys.executable).with_name("coati-bench"))
 SUITE = """
 suite: small
 axes: {{stage: [sft], model: [bloom-tiny], {axes}}}
-settings: {{device: cpu, precision: fp32, tokenizer_vocabulary: 1024, warm_start: none}}
+settings: {{device: cpu, precision: fp32, tokenizer_vocabulary: 1024, warm_start: none{saves}}}
 stages:
   sft:
     {{data: synthetic-instruct, steps: {steps}, lap_steps: {lap}, micro_batch: 1, global_batch: 6, sequence_length: 128,
@@ -45,20 +47,32 @@ stages:
 limits: {{timeout_seconds: 300, heartbeat_seconds: 120}}
 """
 
+A_WARM_START = """
+suite: small
+axes: {stage: [rm], model: [bloom-tiny], strategy: [naive]}
+settings: {device: cpu, precision: fp32, tokenizer_vocabulary: 1024, warm_start: shared}
+stages:
+  sft: {data: synthetic-instruct, steps: 100, lap_steps: 2, micro_batch: 1, global_batch: 2, sequence_length: 128, learning_rate: 1e-2}
+  rm: {data: synthetic-pairs, steps: 4, lap_steps: 2, micro_batch: 1, global_batch: 2, sequence_length: 64, learning_rate: 2e-3}
+"""
+
 
 class Bench:
     """One suite in a folder that all hosts share."""
 
-    def __init__(self, slurm: Slurm, folder: Path, cache: Path) -> None:
+    def __init__(self, slurm: Slurm, folder: Path, cache: Path, results: Path | None = None) -> None:
         self.slurm, self.folder, self.suite = slurm, folder, folder / "small.yaml"
-        self.layout = Layout(folder / "results" / "small")
-        self.environment = {**os.environ, "OMP_NUM_THREADS": "1", "COATI_BENCH_CACHE": str(cache)}
+        self.layout = Layout((results or folder) / "results" / "small")
+        self.environment = {**os.environ, "OMP_NUM_THREADS": "1", "COATI_BENCH_CACHE": str(cache), "PYTHONPATH": str(SOURCE_TREE)}
         self._prepared = cache / "prepared"
         self._started: list[subprocess.Popen[bytes]] = []
 
-    def plan(self, axes: str, *, steps: int = 4, lap: int = 2, timeout: float = 300, heartbeat: float = 120) -> None:
+    def plan(
+        self, axes: str, *, steps: int = 4, lap: int = 2, timeout: float = 300, heartbeat: float = 120, save_every: int | None = None
+    ) -> None:
         """Write the suite and its plan."""
-        self.write_plan(SUITE.format(axes=axes, steps=steps, lap=lap, timeout=timeout, heartbeat=heartbeat))
+        saves = "" if save_every is None else f", save_every: {save_every}"
+        self.write_plan(SUITE.format(axes=axes, steps=steps, lap=lap, timeout=timeout, heartbeat=heartbeat, saves=saves))
 
     def write_plan(self, suite: str) -> None:
         """Write a suite's file and its plan."""
@@ -70,12 +84,15 @@ class Bench:
         if self._prepared.exists():
             shutil.copytree(self._prepared, self.layout.root, dirs_exist_ok=True)
             return
-        text = self.call("plan", str(self.suite), "--commands", "--results", str(self.layout.root.parent)).stdout
-        for line in text.splitlines():
-            if line.startswith(("coati-bench data ", "coati-bench warm ")):
-                self.call(*line.split()[1:])
+        for line in self.lines_once():
+            self.call(*line)
         for name in ("data", "warm"):
             shutil.copytree(self.layout.root / name, self._prepared / name)
+
+    def lines_once(self) -> list[list[str]]:
+        """The lines of `plan --commands` that make what trials begin from, without the program's name."""
+        text = self.call("plan", str(self.suite), "--commands", "--results", str(self.layout.root.parent)).stdout
+        return [line.split()[1:] for line in text.splitlines() if line.startswith(("coati-bench data ", "coati-bench warm "))]
 
     def call(self, *arguments: str, seconds: float = 120.0) -> subprocess.CompletedProcess[str]:
         """Run `coati-bench` on the login node."""
@@ -85,9 +102,10 @@ class Bench:
 
     def start(self, host: str, *arguments: str, log: str = "run.log") -> subprocess.Popen[bytes]:
         """Start `coati-bench` on a host."""
-        process = self.slurm.hosts.popen(
-            host, "env", "-C", str(self.folder), PROGRAM, *arguments, log=self.folder / log, env=self.environment
-        )
+        return self._popen(host, PROGRAM, *arguments, log=log)
+
+    def _popen(self, host: str, *command: str, log: str = "run.log") -> subprocess.Popen[bytes]:
+        process = self.slurm.hosts.popen(host, "env", "-C", str(self.folder), *command, log=self.folder / log, env=self.environment)
         self._started.append(process)
         return process
 
@@ -95,8 +113,18 @@ class Bench:
         """Start the suite through Snakemake and Slurm."""
         return self.start(BRIDGE_HOST, "run", str(self.suite), "--profile", "slurm", "--results", str(self.layout.root.parent))
 
+    def run_with_requeue(self) -> subprocess.Popen[bytes]:
+        """Start the suite's workflow with a profile of a site whose preempted jobs are requeued."""
+        profile = self.folder / "requeue"
+        profile.mkdir()
+        text = (SOURCE_TREE / "profiles" / "slurm" / "config.yaml").read_text(encoding="utf-8")
+        assert text.count("slurm-no-requeue: true") == 1
+        (profile / "config.yaml").write_text(text.replace("slurm-no-requeue: true", "slurm-requeue: true"), encoding="utf-8")
+        path = os.pathsep.join([str(Path(PROGRAM).parent), os.environ["PATH"]])
+        return self._popen(BRIDGE_HOST, f"PATH={path}", *snakemake_command(self.layout.root, profile, Queue(self.layout.root)))
+
     def submit(self, block: str, nodes: int, *options: str) -> str:
-        """Submit one block by hand; return the job's number."""
+        """Submit one block by hand; return the job's number. What it prints is in block.log."""
         line = f"exec {PROGRAM} block {self.layout.block(block)}"
         sized = ["--nodes", str(nodes), "--ntasks", str(nodes), "--output", str(self.folder / "block.log"), *options]
         done = self.slurm.login("sbatch", "--parsable", "--chdir", str(self.folder), *sized, "--wrap", line, env=self.environment)
@@ -105,8 +133,16 @@ class Bench:
 
     def the_cell(self) -> str:
         """The only cell."""
-        (cell_id,) = load_plan(self.layout.plan).cells
+        (cell_id,) = self.cells()
         return cell_id
+
+    def cells(self) -> list[str]:
+        """All cells."""
+        return list(load_plan(self.layout.plan).cells)
+
+    def without_record(self) -> list[str]:
+        """Cells whose trial has no record yet."""
+        return [cell_id for cell_id in self.cells() if not self.layout.record(cell_id, 0).exists()]
 
     def the_block(self) -> str:
         """The only block."""
@@ -123,9 +159,9 @@ class Bench:
         """All records."""
         return [load_record(path) for path in sorted(self.layout.records.glob("*/*.json"))]
 
-    def await_step(self, rank: int, seconds: float = 180) -> None:
-        """Wait until a rank of the only cell has finished a step."""
-        heartbeat = self.layout.logs(self.the_cell(), 0) / f"heartbeat{rank}.json"
+    def await_step(self, rank: int, seconds: float = 180, cell_id: str | None = None) -> None:
+        """Wait until a rank of a cell, the only one if none is named, has finished a step."""
+        heartbeat = self.layout.logs(cell_id or self.the_cell(), 0) / f"heartbeat{rank}.json"
         wait_until(lambda: _read(heartbeat).get("step", 0) > 0, seconds, self.said)
 
     def said(self) -> str:
