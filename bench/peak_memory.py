@@ -18,9 +18,9 @@ from dataclasses import dataclass
 
 from bench.cell import Cell, PpoSettings
 from bench.measure.activations import KEPT, cache_bytes, head_bytes, kept_bytes, layer_bytes
-from bench.measure.flops import CACHE_BYTES, Sequences
+from bench.measure.flops import CACHE_BYTES, WEIGHT_BYTES, Sequences
 from bench.measure.shape import Network, Shape
-from bench.needs import model_states, networks, slice_of, weights_kind
+from bench.needs import frozen_bytes, model_states, networks, slice_of, weights_kind
 from bench.strategies.base import Strategy, all_strategies
 from bench.strategies.precision import MASTER_MODES
 from bench.strategies.slices import Slice
@@ -117,9 +117,12 @@ class _Plan:
             return 0.0
         return float(max(matrix.parameters for matrix in self.shape.matrices) * CACHE_BYTES[self.cell.settings.precision])
 
-    def gathered_bytes(self, model: Network) -> int:
-        """Weights that are whole beside their shards while the loss of `model` is computed."""
-        return model.parameters * CACHE_BYTES[self.cell.settings.precision] if self.strategy.gathers_whole else 0
+    def gathered_bytes(self, role: str) -> int:
+        """Weights that are whole beside their shards while the loss of a model is computed; 16 bits of fp32 masters in shards."""
+        if not self.strategy.gathers_whole:
+            return 0
+        model, held = self.models[role], self.held[role]
+        return model.trainable * WEIGHT_BYTES[self.cell.settings.precision] + frozen_bytes(model, self.cell, held)
 
     def step_bytes(self, role: str) -> float:
         """What an optimizer step makes beside its states: fp32 copies of 16-bit gradients, where parameters are whole, and AdamW's
@@ -140,7 +143,7 @@ def _training(plan: _Plan, role: str, work: Sequences, heads: float, beside: flo
     model, held, precision = plan.models[role], plan.held[role], plan.cell.settings.precision
     one = layer_bytes(model, work, precision, ways=held.ways)
     loss = one if model.scalar_head or not held.last else max(one, head_bytes(plan.shape, heads, precision))
-    work_bytes = held.in_flight * plan.kept(role, work) + loss + beside + plan.gathered_bytes(model)
+    work_bytes = held.in_flight * plan.kept(role, work) + loss + beside + plan.gathered_bytes(role)
     earlier = role if plan.cell.accumulation > 1 else None
     yield Moment(name=f"loss of the {role}", state_bytes=plan.states(gradients_of=earlier), work_bytes=work_bytes)
     yield Moment(name=f"step of the {role}", state_bytes=plan.states(gradients_of=role), work_bytes=plan.step_bytes(role))

@@ -122,7 +122,7 @@ class Strategy(ABC):
     model_parallel: ClassVar[bool] = False
     """Whether it splits one model over ranks that see the same sequences (settings `tensor_parallel`, `pipeline_parallel`)."""
     quantises: ClassVar[bool] = False
-    """Whether the base under LoRA may be in 8 or 4 bits (setting `base_weights`)."""
+    """Whether the base under LoRA may be in 8 or 4 bits (setting `base_weights`), in shards where frozen weights are."""
     resumable: ClassVar[bool] = True
     """Whether its engines can save their training state and go on from it (setting `save_every`)."""
 
@@ -142,20 +142,20 @@ class Strategy(ABC):
             return problem
         if _frozen_in_host(cell) and "frozen" in self.sharded:
             return f"{self.name} keeps frozen models in shards; `frozen_placement: device` would be right"
-        if _frozen_in_int8(cell) and "frozen" in self.sharded:
+        if frozen_in_int8(cell) and "frozen" in self.sharded and not self.quantises:
             return (
-                f"{self.name} keeps frozen models in shards, which int8 with its scales is not cut into; `frozen_weights: stored` is right"
+                f"{self.name} keeps frozen models in shards, into which int8 with its scales is not cut; `frozen_weights: stored` is right"
             )
-        if _frozen_in_int8(cell) and _frozen_in_host(cell):
+        if frozen_in_int8(cell) and _frozen_in_host(cell):
             return "frozen models are in int8 on the device, or visit it from host memory; `frozen_placement: device` would be right"
         return None
 
     def _small_base_problem(self, cell: Cell) -> str | None:
         kind = cell.settings.base_weights
-        if kind != "stored" and not self.quantises:
-            return f"{self.name} lays out no {kind} weights; `base_weights: stored` would be right"
         if kind != "stored" and cell.lora_rank == 0:
             return f"{kind} weights cannot train; a lora_rank above 0, or `base_weights: stored`, would be right"
+        if kind != "stored" and not self.quantises:
+            return f"{self.name} lays out no {kind} weights; `base_weights: stored` would be right"
         return None
 
     def missing(self, container: str = "none") -> str | None:
@@ -192,11 +192,12 @@ class Strategy(ABC):
         from bench.strategies.quantised import quantised_copy
         from bench.strategies.visiting import visiting_copy
 
-        make = visiting_copy if _frozen_in_host(cell) else quantised_copy if _frozen_in_int8(cell) else frozen_copy
+        make = visiting_copy if _frozen_in_host(cell) else quantised_copy if frozen_in_int8(cell) else frozen_copy
         return make(module, cell.settings.precision, device)
 
 
-def _frozen_in_int8(cell: Cell) -> bool:
+def frozen_in_int8(cell: Cell) -> bool:
+    """Whether PPO's frozen models are to be in 8 bits."""
     return getattr(cell.settings, "frozen_weights", "stored") == "int8"
 
 

@@ -8,7 +8,7 @@ What this file decides
 * `bf16-master` and `fp16-master` are torch's `MixedPrecisionPolicy`: the shards are the fp32 masters, and a layer is rounded when it is
   gathered. Parameters that never train are stored in 16 bits. Gradients are added up over ranks and micro-steps in fp32.
 * Generation gathers each layer anew for every token, as training does for every forward pass.
-* Frozen models (PPO's reference policy and reward model) are in shards as well.
+* Frozen models (PPO's reference policy and reward model) are in shards as well, and so are linear layers in 8 or 4 bits, with their scales.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from bench.cell import Cell
-from bench.strategies.base import Engine, Strategy
+from bench.strategies.base import Engine, Strategy, frozen_in_int8
 from bench.strategies.precision import MASTER_MODES, autocast_forward, global_norm, storage_dtype, trainable
+from bench.strategies.quantised_shards import pack, pack_base, unpacked
 from bench.strategies.requirement import Requirement
 from bench.strategies.update import TorchEngine
 
@@ -36,6 +37,8 @@ class FsdpEngine(TorchEngine):
         import torch.distributed as dist
 
         self._precision, self._ranks = cell.settings.precision, dist.get_world_size()
+        if cell.settings.base_weights != "stored":
+            pack_base(module, cell.settings.base_weights, self._precision, device)
         store(module, self._precision)
         if self._precision == "bf16-autocast":
             autocast_forward(module, device)
@@ -107,14 +110,18 @@ def _drop_unless_needed(root: Any, _: Any, __: Any) -> None:
 
 
 def gathered_state(module: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor] | None:
-    """The state dict of a sharded module on rank 0, in `dtype`, on the CPU; None elsewhere. Collective, tensor by tensor."""
+    """The state dict of a sharded module on rank 0, in `dtype`, on the CPU; None elsewhere. Collective, tensor by tensor.
+
+    Packed weights are unpacked.
+    """
     import torch.distributed as dist
 
     found = {}
     for name, tensor in module.state_dict().items():
         whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
         if dist.get_rank() == 0:
-            found[name] = whole.detach().to("cpu", dtype if whole.is_floating_point() else None, copy=True)
+            key, whole = unpacked(module, name, whole)
+            found[key] = whole.detach().to("cpu", dtype if whole.is_floating_point() else None, copy=True)
     return found if dist.get_rank() == 0 else None
 
 
@@ -136,6 +143,7 @@ class Fsdp(Strategy):
     description = "torch FSDP2 (fully_shard): parameters, gradients and optimizer states in shards, layer by layer"
     sharded = frozenset({"parameters", "gradients", "optimizer", "frozen"})
     requires = (Requirement("torch", "2.6"),)
+    quantises = True
 
     def unsupported(self, cell: Cell) -> str | None:
         """See `Strategy.unsupported`."""
@@ -153,7 +161,12 @@ class Fsdp(Strategy):
 
     def place_frozen(self, module: nn.Module, cell: Cell, device: torch.device) -> nn.Module:
         """See `Strategy.place_frozen`. In shards."""
-        copied = copy.deepcopy(module).requires_grad_(False).eval()
+        from bench.models.build import lora_targets
+
+        copied = copy.deepcopy(module).requires_grad_(False)
+        if frozen_in_int8(cell):
+            pack(copied, lora_targets(copied), "int8", cell.settings.precision, device)
+        copied.eval()
         store(copied, cell.settings.precision)
         if cell.settings.precision == "bf16-autocast":
             autocast_forward(copied, device)

@@ -51,10 +51,14 @@ def quantised_copy(module: nn.Module, precision: str, device: torch.device) -> n
 
 def place_quantised_base(module: nn.Module, kind: str, precision: str, device: torch.device) -> nn.Module:
     """`precision.place`, in place, but that the linear layers under adapters become `int8` or `nf4`."""
+    return place_quantised(module, adapted_layers(module), kind, precision, device)
+
+
+def adapted_layers(module: nn.Module) -> list[str]:
+    """Names of the linear layers under adapters."""
     from peft.tuners.lora import LoraLayer
 
-    names = [f"{name}.base_layer" for name, child in module.named_modules() if isinstance(child, LoraLayer)]
-    return place_quantised(module, names, kind, precision, device)
+    return [f"{name}.base_layer" for name, child in module.named_modules() if isinstance(child, LoraLayer)]
 
 
 def place_quantised(module: nn.Module, names: list[str], kind: str, precision: str, device: torch.device) -> nn.Module:
@@ -104,7 +108,8 @@ def whole_state(module: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
     for name, child in module.named_modules():
         if isinstance(child, (bnb.nn.Linear8bitLt, bnb.nn.Linear4bit)):
             weight = unpacked(child).T if child.transposed else unpacked(child)
-            kept = {f"{name}.weight": weight.to(dtype), f"{name}.bias": child.bias}
+            bias = None if child.bias is None else child.bias.to(dtype)  # under autocast bitsandbytes rounds it in place
+            kept = {f"{name}.weight": weight.to(dtype), f"{name}.bias": bias}
             state = {key: kept.get(key, value) for key, value in state.items() if key in kept or not key.startswith(f"{name}.")}
     return state
 
