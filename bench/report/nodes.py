@@ -28,8 +28,10 @@ def node_tables(results: Sequence[CellResult]) -> list[Detail]:
 
 def _hosts(allocated: Allocated) -> TableCell:
     hosts = allocated.hosts
-    short = ", ".join(hosts) if len(hosts) <= MOST_HOSTS else f"{', '.join(hosts[: MOST_HOSTS - 1])} … {hosts[-1]}"
-    return TableCell(short, f"{len(hosts)} nodes" if len(hosts) > MOST_HOSTS else "", len(hosts), "wrap", ", ".join(hosts))
+    if len(hosts) <= MOST_HOSTS:
+        return TableCell(", ".join(hosts), sort=len(hosts), kind="wrap")
+    short = f"{', '.join(hosts[: MOST_HOSTS - 1])} … {hosts[-1]}"
+    return TableCell(short, f"{len(hosts)} nodes", len(hosts), "wrap", ", ".join(hosts))
 
 
 def _timed(allocated: Allocated, values: Sequence[float], unit: float, worst: Callable[[Sequence[float]], float]) -> TableCell:

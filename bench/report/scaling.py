@@ -18,7 +18,7 @@ from bench.report.metrics import primary_metric
 from bench.report.metrics.speed import node_step_seconds
 from bench.report.registry import NoValue, Trial
 from bench.report.statistics import Summary
-from bench.report.tables import Column, Line, Make, Table, TableCell, identity_columns, metric_column, starts_of_groups
+from bench.report.tables import Column, Line, Make, Table, TableCell, identity_columns, metric_column
 from bench.report.text import DASH, number, ratio, spread
 
 TITLE = "Scaling"
@@ -38,14 +38,15 @@ class Scaled:
 
 
 def scaling_tables(results: Sequence[CellResult]) -> list[Detail]:
-    """The table of one stage's cells that ran at more than one number of ranks; none where no cell did."""
-    shown = [result for result in results if _has_other_size(result, results)]
+    """The table of one stage's cells that ran at more than one number of ranks, one strategy after the other; none where no cell did."""
+    places = {_series(result.cell): place for place, result in reversed(list(enumerate(results)))}
+    shown = sorted((it for it in results if _has_other_size(it, results)), key=lambda it: (places[_series(it.cell)], it.cell.world_size))
     if not shown:
         return []
+    firsts = [_series(before.cell) != _series(result.cell) for before, result in zip([shown[-1], *shown], shown, strict=False)]
     makers = [*identity_columns(shown), *_columns(shown, results)]
     lines = tuple(
-        Line(tuple(make(result) for _, make in makers), result.cell.strategy, first)
-        for result, first in zip(shown, starts_of_groups(shown), strict=True)
+        Line(tuple(make(result) for _, make in makers), result.cell.strategy, first) for result, first in zip(shown, firsts, strict=True)
     )
     return [Detail(TITLE, Table(tuple(column for column, _ in makers), lines, ()), tuple(_why_none(shown, results)))]
 
@@ -102,13 +103,14 @@ def _batches(cell: Cell, share: int = 1) -> tuple[float, float]:
 
 def _has_other_size(result: CellResult, results: Sequence[CellResult]) -> bool:
     """Whether the same stage, model, strategy and LoRA rank have records at another number of ranks."""
-
-    def kind(cell: Cell) -> tuple[object, ...]:
-        return cell.stage, cell.model, cell.strategy, cell.lora_rank
-
     return bool(result.trials) and any(
-        it.trials and kind(it.cell) == kind(result.cell) and it.cell.world_size != result.cell.world_size for it in results
+        it.trials and _series(it.cell) == _series(result.cell) and it.cell.world_size != result.cell.world_size for it in results
     )
+
+
+def _series(cell: Cell) -> tuple[object, ...]:
+    """What cells have in common that are read one after the other, by their number of ranks."""
+    return cell.stage, cell.model, cell.lora_rank, cell.strategy
 
 
 # -- columns -----------------------------------------------------------------------------------------------------
@@ -173,8 +175,11 @@ def _node_times(trial: Trial) -> dict[int, float]:
 
 
 def _why_none(shown: Sequence[CellResult], results: Sequence[CellResult]) -> Iterator[str]:
-    """Why a kind of scaling has no column at all."""
+    """Why a kind of scaling has no column at all; both kinds in one sentence where the reasons are the same."""
+    reasons: dict[str, list[str]] = {}
     for kind in KINDS:
         found = [scaled(result, results, kind) for result in shown if result.cell.world_size > 1]
         if not any(item.efficiencies for item in found):
-            yield f"{kind} scaling efficiency: {'; '.join(dict.fromkeys(item.reason for item in found))}"
+            reasons.setdefault("; ".join(dict.fromkeys(item.reason for item in found)), []).append(kind)
+    for reason, kinds in reasons.items():
+        yield f"{' and '.join(kinds)} scaling efficiency: {reason}"

@@ -152,3 +152,19 @@ def test_report_and_data_have_the_efficiency(tmp_path: Path) -> None:
     rows = pq.read_table(tmp_path / "out" / "results.parquet").to_pylist()
     found = {(row["nodes"], row["trial"]): row["strong_scaling_efficiency"] for row in rows}
     assert found == {(1, 0): None, (1, 1): None, (2, 0): pytest.approx(1.0), (2, 1): pytest.approx(1.0)}
+
+
+def test_a_strategy_stands_together_by_its_number_of_ranks(tmp_path: Path) -> None:
+    cells = [make_cell("sft", strategy, nodes=ranks, **GPU | {"global_batch": 12}) for ranks in (3, 1, 2) for strategy in ("ddp", "zero1")]
+    records = [make_record(cell, 0) for cell in cells]
+    (detail,) = scaling_tables(analysis_of(tmp_path, *records).results)
+    rows = list(zip(text_of(detail, "strategy"), text_of(detail, "nodes × ranks"), strict=True))
+    assert rows == [(strategy, f"{ranks} × 1") for strategy in ("ddp", "zero1") for ranks in (1, 2, 3)]
+    assert [line.starts_group for line in detail.table.lines] == [True, False, False, True, False, False]
+
+
+def test_one_reason_for_both_kinds_is_said_once(tmp_path: Path) -> None:
+    found = analysis_of(tmp_path, *paced("sft", ranks=1, seconds=8.0), *paced("sft", ranks=2, seconds=4.0, simulated_nodes=True))
+    (detail,) = scaling_tables(found.results)
+    (told,) = detail.absent
+    assert told.startswith("strong and weak scaling efficiency: not a measurement: ")
