@@ -20,9 +20,9 @@ HERE = (str(Path(__file__).parent),)
 
 
 def fake_trial(folder: Path, behaviour: dict[int, str], *, ranks: int = 2, nodes: int = 1, launcher: str = "fork", **more: object) -> Trial:
-    """A trial whose rank k does `behaviour[k]`, a function of fake_rank.py; limits are short."""
+    """A trial whose rank k does `behaviour[k]`, a function of fake_rank.py; limits are longer than a slow machine takes."""
     facts = {"behaviour": {str(rank): name for rank, name in behaviour.items()}, **more.pop("facts", {})}
-    limits = {"timeout_seconds": 30.0, "heartbeat_seconds": 10.0, **more}
+    limits = {"timeout_seconds": 120.0, "heartbeat_seconds": 60.0, **more}
     cell = cell_from_json(
         {"stage": "sft", "model": "bloom-tiny", "strategy": "ddp", "nodes": nodes, "processes_per_node": ranks // nodes, "steps": 10,
          "global_batch": 2 * ranks, "device": "cpu", "launcher": launcher}

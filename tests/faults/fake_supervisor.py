@@ -1,4 +1,4 @@
-"""A supervisor as a process of its own: `fake_supervisor.py TRIAL.json RECORD.json`; fake ranks, launcher as the trial says."""
+"""A supervisor as a process of its own: `fake_supervisor.py TRIAL.json RECORD.json [MODULE]`; fake ranks, launcher as the trial says."""
 
 from __future__ import annotations
 
@@ -13,5 +13,6 @@ from bench.trial import load_trial
 if __name__ == "__main__":
     here = (str(Path(__file__).parent),)
     trial, record = load_trial(Path(sys.argv[1])), Path(sys.argv[2])
-    with ForkParent(record.with_name("parent.log"), program="fake_rank", preload=(), search_path=here) as parent:
-        print(run_trial(trial, record, parent=parent, agents=Agents(program="fake_rank", search_path=here)).outcome)
+    program = sys.argv[3] if len(sys.argv) > 3 else "fake_rank"
+    with ForkParent(record.with_name("parent.log"), program=program, preload=(), search_path=here) as parent:
+        print(run_trial(trial, record, parent=parent, agents=Agents(program=program, search_path=here)).outcome)

@@ -27,7 +27,7 @@ suite: small
 axes: {stage: [sft, rm], model: [bloom-tiny], strategy: [naive, ddp]}
 settings: {device: cpu, launcher: fork, precision: fp32, warm_start: WARM}
 stages: {sft: {steps: 4}, rm: {steps: 4}}
-limits: {timeout_seconds: 30, heartbeat_seconds: 10}
+limits: {timeout_seconds: 120, heartbeat_seconds: 60}
 """
 
 
