@@ -117,12 +117,21 @@ class _Plan:
             return 0.0
         return float(max(matrix.parameters for matrix in self.shape.matrices) * CACHE_BYTES[self.cell.settings.precision])
 
-    def gathered_bytes(self, role: str) -> int:
-        """Weights that are whole beside their shards while the loss of a model is computed; 16 bits of fp32 masters in shards."""
-        if not self.strategy.gathers_whole:
-            return 0
-        model, held = self.models[role], self.held[role]
-        return model.trainable * WEIGHT_BYTES[self.cell.settings.precision] + frozen_bytes(model, self.cell, held)
+    def gathered_bytes(self, role: str) -> float:
+        """Weights of a model that are whole beside their shards at the end of a forward pass."""
+        model, held, sharded = self.models[role], self.held[role], self.strategy.sharded
+        if model.frozen and not self.strategy.gathers_frozen:
+            return 0.0
+        elements = (held.trainable if "parameters" in sharded else 0) + (held.frozen if "frozen" in sharded else 0)
+        size = held.trainable * WEIGHT_BYTES[self.cell.settings.precision] if "parameters" in sharded else 0
+        size += frozen_bytes(model, self.cell, held) if "frozen" in sharded else 0
+        return size * self.strategy.gathered_share(elements, self.cell.data_parallel_size) if elements else 0.0
+
+    def left_bytes(self, *, role: str | None = None) -> float:
+        """Weights of all models but one that earlier forward passes without gradients have left whole."""
+        if not self.strategy.stays_gathered:
+            return 0.0
+        return sum(self.gathered_bytes(other) for other, model in self.models.items() if other != role and not model.frozen)
 
     def step_bytes(self, role: str) -> float:
         """What an optimizer step makes beside its states: fp32 copies of 16-bit gradients, where parameters are whole, and AdamW's
@@ -143,10 +152,11 @@ def _training(plan: _Plan, role: str, work: Sequences, heads: float, beside: flo
     model, held, precision = plan.models[role], plan.held[role], plan.cell.settings.precision
     one = layer_bytes(model, work, precision, ways=held.ways)
     loss = one if model.scalar_head or not held.last else max(one, head_bytes(plan.shape, heads, precision))
-    work_bytes = held.in_flight * plan.kept(role, work) + loss + beside + plan.gathered_bytes(role)
+    left = plan.left_bytes(role=role)
+    work_bytes = held.in_flight * plan.kept(role, work) + loss + beside + plan.gathered_bytes(role) + left
     earlier = role if plan.cell.accumulation > 1 else None
     yield Moment(name=f"loss of the {role}", state_bytes=plan.states(gradients_of=earlier), work_bytes=work_bytes)
-    yield Moment(name=f"step of the {role}", state_bytes=plan.states(gradients_of=role), work_bytes=plan.step_bytes(role))
+    yield Moment(name=f"step of the {role}", state_bytes=plan.states(gradients_of=role), work_bytes=plan.step_bytes(role) + left)
 
 
 def _ppo_moments(plan: _Plan, settings: PpoSettings, ptx: Sequences, ptx_positions: float) -> Iterator[Moment]:
@@ -160,8 +170,10 @@ def _ppo_moments(plan: _Plan, settings: PpoSettings, ptx: Sequences, ptx_positio
     else:
         yield from _training(plan, "policy", work, responses)
     yield from _training(plan, "critic", work, 0)
-    scoring = head_bytes(plan.shape, responses, precision, gradient=False)
+    gathered = {role: plan.gathered_bytes(role) + plan.left_bytes(role=role) for role in plan.models}
+    scoring = head_bytes(plan.shape, responses, precision, gradient=False) + max(gathered.values())
     yield Moment(name="scoring", state_bytes=plan.states(), work_bytes=scoring)
     rows = settings.prompts_per_iteration * plan.cell.step_batch // settings.global_batch / plan.cell.data_parallel_size
     cache = cache_bytes(plan.shape, sequences=rows, length=whole, precision=precision) / plan.held["policy"].ways
-    yield Moment(name="rollout", state_bytes=plan.states(), work_bytes=cache + DRAW_BYTES * rows * plan.shape.vocabulary)
+    drawing = DRAW_BYTES * rows * plan.shape.vocabulary + gathered["policy"]
+    yield Moment(name="rollout", state_bytes=plan.states(), work_bytes=cache + drawing)

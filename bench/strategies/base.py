@@ -115,8 +115,10 @@ class Strategy(ABC):
     never train (the base under LoRA, PPO's reference policy and reward model)."""
     offloaded: ClassVar[frozenset[str]] = frozenset()
     """What lies in host memory between its uses, and so takes none of the device's: parameters, gradients, optimizer."""
-    gathers_whole: ClassVar[bool] = False
-    """Whether all weights of a model in shards are whole on every rank at the end of its forward pass, until its backward pass."""
+    stays_gathered: ClassVar[bool] = False
+    """Whether what `gathered_share` tells of is still there after a forward pass without gradients, of a model that trains."""
+    gathers_frozen: ClassVar[bool] = False
+    """Whether `gathered_share` holds for models that are only read, too."""
     requires: ClassVar[tuple[Requirement, ...]] = ()
     """Packages and versions without which no cell can run."""
     model_parallel: ClassVar[bool] = False
@@ -170,6 +172,12 @@ class Strategy(ABC):
     def slices(self, network: Network, cell: Cell) -> tuple[Slice, ...]:  # noqa: ARG002 (for those that split models)
         """What a rank holds of a model before data-parallel ranks share it, one slice for each pipeline stage; theory and evidence ask."""
         return (whole(network),)
+
+    def gathered_share(self, elements: int, ranks: int) -> float:  # noqa: ARG002 (for those that keep weights gathered)
+        """Of a model of so many elements in shards over so many ranks: the share that a rank has whole, beside what it holds between steps,
+        at the end of a forward pass and until the backward pass. One unit of gathering (a layer, a chunk) counts as nothing.
+        """
+        return 0.0
 
     def emulated(self, cell: Cell) -> bool:
         """Whether it runs on a CPU only behind stand-ins, so that its times and memory mean nothing."""

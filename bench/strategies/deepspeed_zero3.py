@@ -1,4 +1,9 @@
-"""deepspeed_zero3: DeepSpeed's ZeRO, stage 3. Parameters, gradients and optimizer states in shards, gathered module by module."""
+"""deepspeed_zero3: DeepSpeed's ZeRO, stage 3. Parameters, gradients and optimizer states in shards, gathered module by module.
+
+By default DeepSpeed lets nothing go that is used again within 10^9 parameters (`stage3_max_reuse_distance`), or while fewer are there
+(`stage3_max_live_parameters`). So a smaller model is whole on every rank from its forward to its backward pass, and if it trains it stays
+so after a forward pass without gradients.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +19,10 @@ from bench.strategies.training_state import kept, put_back
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+
+LIVE = 1_000_000_000
+"""Parameters that may be whole at a time (DeepSpeed's default)."""
 
 
 class Zero3Engine(DeepSpeedZeroEngine):
@@ -78,6 +87,11 @@ class DeepSpeedZero3(DeepSpeedZero):
     engine = Zero3Engine
     description = "DeepSpeed ZeRO stage 3: parameters, gradients and optimizer states in shards"
     sharded = frozenset({"parameters", "gradients", "optimizer", "frozen"})
+    stays_gathered = gathers_frozen = True
+
+    def gathered_share(self, elements: int, ranks: int) -> float:  # noqa: ARG002
+        """See `Strategy.gathered_share`."""
+        return min(1.0, LIVE / elements)
 
     def __init__(self) -> None:
         self._engines: list[object] = []

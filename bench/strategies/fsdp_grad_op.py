@@ -23,7 +23,10 @@ class FsdpGradOp(Fsdp):
 
     name = "fsdp_grad_op"
     description = "torch FSDP2 without resharding after forward: a layer is gathered once a micro-step and kept for its backward pass"
-    gathers_whole = True
+
+    def gathered_share(self, elements: int, ranks: int) -> float:  # noqa: ARG002
+        """See `Strategy.gathered_share`."""
+        return 1.0
 
     def prepare(self, module: nn.Module, cell: Cell, device: torch.device, *, learning_rate: float) -> Engine:
         """See `Strategy.prepare`."""

@@ -26,6 +26,10 @@ class GeminiAuto(Gemini):
     offloaded = frozenset({"gradients", "optimizer"})
     placement: ClassVar[dict[str, Any]] = {"placement_policy": "auto"}
 
+    def gathered_share(self, elements: int, ranks: int) -> float:  # noqa: ARG002
+        """See `Strategy.gathered_share`. A chunk that is gathered takes its shard's place, and stays for want of a reason to go."""
+        return 1.0 - 1.0 / ranks
+
     def prepare(self, module: nn.Module, cell: Cell, device: torch.device, *, learning_rate: float) -> Engine:
         """See `Strategy.prepare`."""
         engine = super().prepare(module, cell, device, learning_rate=learning_rate)

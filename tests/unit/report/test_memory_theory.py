@@ -149,6 +149,26 @@ def test_a_base_in_few_bits_saves_its_bytes_and_unpacks_one_matrix_at_a_time(kin
     assert bytes_of(stored)[1] - bytes_of(small)[1] == saved - 2 * 4 * 1024**2
 
 
+def test_what_stays_gathered_is_there_beside_the_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """BLOOM-560m in bf16 over two ranks; PPO scores with all four models, of which two train."""
+    shape = shape_of("bloom-560m")
+    assert shape is not None
+    shared = {**GPU, "micro_batch": 8, "global_batch": 16, "processes_per_node": 2}
+    found = {}
+    for name in ("fsdp", "fsdp_grad_op", "deepspeed_zero3"):
+        found[name] = {moment.name: moment.work_bytes for moment in moments(make_cell("ppo", name, **shared), shape)}
+    more = {name: {key: found[name][key] - found["fsdp"][key] for key in found["fsdp"]} for name in found}
+    policy, critic = 2 * PARAMETERS, 2 * (PARAMETERS + 1024)
+    assert more["fsdp_grad_op"] == {
+        "loss of the policy": policy, "step of the policy": 0, "loss of the critic": critic, "step of the critic": 0, "scoring": critic,
+        "rollout": policy,
+    }  # fmt: skip
+    assert more["deepspeed_zero3"] == {
+        "loss of the policy": policy + critic, "step of the policy": critic, "loss of the critic": critic + policy,
+        "step of the critic": policy, "scoring": policy + 2 * critic, "rollout": policy + critic,
+    }  # fmt: skip
+
+
 def test_what_is_not_known_has_a_reason() -> None:
     cell = make_cell("sft", **{**GPU, "model": "/models/mine"})
     trial = Trial(Row(make_record(cell), cell, "a"))
