@@ -88,7 +88,7 @@ def alone(source: Source, slot: Slot, say: Say) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say(f"{source.name}: another process is fetching it; waiting")
+            say(f"{source.name}: another process is fetching it; waiting (if it was on a host that is gone for good, remove {guard})")
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:

@@ -22,12 +22,16 @@ def alone(target: Path, patience: float = PATIENCE_SECONDS) -> Iterator[int]:
     ranks is gone. Raises MachineError if another process still holds it after `patience` seconds.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(target.parent / f".{target.name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    path = target.parent / f".{target.name}.lock"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     deadline = time.monotonic() + patience
     try:
         while not _locked(descriptor):
             if time.monotonic() > deadline:
-                raise MachineError(f"{target}: another process is making it; seen: its lock is held; wait for that process, or end it")
+                raise MachineError(
+                    f"{target}: another process is making it; seen: its lock is held; wait for that process, or end it; if it was on a "
+                    f"host that is gone for good, remove {path}"
+                )
             time.sleep(0.2)
         yield descriptor
     finally:

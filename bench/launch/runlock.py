@@ -57,7 +57,8 @@ def _take(descriptor: int, path: Path, patience: float) -> None:
         owner = _read(descriptor) or {}
         if _lives(owner) or time.monotonic() > deadline:
             who = f"process {owner.get('pid', '(unknown)')} on {owner.get('host', 'this machine')}, since {owner.get('since', '(unknown)')}"
-            raise MachineError(f"{path.parent}: this suite is being run already; seen: {who}; wait for it to end, or end it")
+            gone = "" if owner.get("host") == socket.gethostname() else f"; if that host is gone for good, remove {path}"
+            raise MachineError(f"{path.parent}: this suite is being run already; seen: {who}; wait for it to end, or end it{gone}")
         time.sleep(0.2)
 
 

@@ -17,6 +17,8 @@ from typing import Self
 ON_HOST = str(Path(__file__).with_name("on_host.sh"))
 BRIDGE_HOST = "cbn-ctl"
 NET = "10.77.41"
+ETC = Path("/etc/netns")
+"""Where on_host.sh looks for what a host sees in its /etc."""
 
 
 def host_name(number: int) -> str:
@@ -84,7 +86,7 @@ class Hosts:
         for name in _known():
             end(self.pids(name))
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
-            shutil.rmtree(f"/etc/netns/{name}", ignore_errors=True)
+            shutil.rmtree(ETC / name, ignore_errors=True)
 
     def address(self, name: str) -> str:
         """The address of a host."""
@@ -124,7 +126,7 @@ class Hosts:
         return [pid for pid in self.pids(name) if any(text in command_of(pid) for text in texts)]
 
     def _lay_out_etc(self, name: str) -> None:
-        folder = Path("/etc/netns") / name
+        folder = ETC / name
         folder.mkdir(parents=True, exist_ok=True)
         lines = ["127.0.0.1 localhost", *(f"{self.address(host)} {host}" for host in (BRIDGE_HOST, *self.names))]
         (folder / "hosts").write_text("\n".join(lines) + "\n")

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Self
@@ -114,9 +115,9 @@ class Slurm:
             self.start_controller()
             for name in self.hosts.names:
                 self._daemons.append(self.hosts.popen(name, "slurmd", "-D", "-N", name, log=self.folder / f"slurmd-{name}.out"))
-            self._await_idle(START_SECONDS)
+            self._await_idle(START_SECONDS, told=self._check_daemons)
             self._check()
-        except AssertionError as error:
+        except (AssertionError, OSError, subprocess.TimeoutExpired) as error:
             self.__exit__()
             raise NoClusterError(f"Slurm does not come up: {error}") from error
         except BaseException:
@@ -124,14 +125,21 @@ class Slurm:
             raise
         return self
 
+    def _check_daemons(self) -> None:
+        names = ["slurmctld", *(f"slurmd-{name}" for name in self.hosts.names)]
+        for name, daemon in zip(names, [self._controller, *self._daemons[1:]], strict=True):
+            ended = daemon is not None and daemon.poll() is not None
+            assert not ended, f"{name} ended: {_end_of(self.folder / f'{name}.out')}"
+
     def _check(self) -> None:
         """That a job runs to its end on all hosts."""
         done = self.login("srun", "--nodes", str(len(self.hosts.names)), "hostname", seconds=START_SECONDS)
         assert sorted(done.stdout.split()) == sorted(self.hosts.names), f"a first job said {(done.stderr or done.stdout).strip()[-300:]!r}"
 
     def __exit__(self, *_: object) -> None:
-        with suppress(subprocess.TimeoutExpired):
-            self.hosts.run(BRIDGE_HOST, "scancel", "--user=root")
+        if self._controller and self._controller.poll() is None:  # without one, scancel asks again and again
+            with suppress(subprocess.TimeoutExpired):
+                self.hosts.run(BRIDGE_HOST, "scancel", "--user=root")
         daemons = [*self._daemons, *([self._controller] if self._controller else [])]
         end(daemon.pid for daemon in daemons if daemon.poll() is None)
         self.hosts.__exit__()
@@ -148,8 +156,14 @@ class Slurm:
                    "log-file": self.folder / "munge.log", "seed-file": self.folder / "munge.seed"}  # fmt: skip
         command = ["munged", "--foreground", "--force", *(f"--{name}={path}" for name, path in options.items())]
         with (self.folder / "munged.out").open("ab") as log:
-            self._daemons.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True))
-        _wait_for((self.folder / "munge.socket").exists, START_SECONDS, "munged did not start", self.folder / "munged.out")
+            munged = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        self._daemons.append(munged)
+
+        def listens() -> bool:
+            assert munged.poll() is None, f"munged ended with {munged.returncode}: {_end_of(self.folder / 'munged.out')}"
+            return (self.folder / "munge.socket").exists()
+
+        _wait_for(listens, START_SECONDS, "munged did not start")
 
     def start_controller(self) -> None:
         """Start slurmctld, which goes on from its saved state."""
@@ -174,18 +188,28 @@ class Slurm:
         _wait_for(lambda: not self.jobs(), seconds, "jobs are left")
         self._await_idle(seconds)
 
-    def _await_idle(self, seconds: float) -> None:
+    def _await_idle(self, seconds: float, told: Callable[[], None] | None = None) -> None:
         def idle() -> bool:
-            states = self.login("sinfo", "-h", "-N", "-p", PARTITION, "-o", "%N %t").stdout.split()
+            if told:
+                told()
+            try:
+                states = self.login("sinfo", "-h", "-N", "-p", PARTITION, "-o", "%N %t", seconds=10).stdout.split()
+            except subprocess.TimeoutExpired:
+                return False
             return states == [word for name in self.hosts.names for word in (name, "idle")]
 
         _wait_for(idle, seconds, "nodes are not idle", self.folder / "slurmctld.log")
 
 
-def _wait_for(condition: object, seconds: float, problem: str, log: Path | None = None) -> None:
+def _wait_for(condition: Callable[[], bool], seconds: float, problem: str, log: Path | None = None) -> None:
     deadline = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
+    while not condition():
         if time.monotonic() > deadline:
-            lines = log.read_text(errors="replace").splitlines() if log and log.exists() else []
-            raise AssertionError(f"{problem} after {seconds:g} s; {' | '.join(lines[-3:])[-600:]}")
+            raise AssertionError(f"{problem} after {seconds:g} s; {_end_of(log)}")
         time.sleep(0.3)
+
+
+def _end_of(log: Path | None) -> str:
+    """The last lines of a log, in one line."""
+    lines = log.read_text(errors="replace").splitlines() if log and log.exists() else []
+    return " | ".join(lines[-3:])[-400:]
