@@ -159,6 +159,12 @@ class Bench:
         """All records."""
         return [load_record(path) for path in sorted(self.layout.records.glob("*/*.json"))]
 
+    def allocations_of(self, record: Record) -> list[dict[str, Any]]:
+        """What the record's block says of the nodes of its allocation."""
+        (block,) = [it for it in load_plan(self.layout.plan).blocks if record.cell_id in it.cells]
+        found: list[dict[str, Any]] = json.loads(self.layout.block(block.block_id).read_text())["allocations"]
+        return found
+
     def await_step(self, rank: int, seconds: float = 180, cell_id: str | None = None) -> None:
         """Wait until a rank of a cell, the only one if none is named, has finished a step."""
         heartbeat = self.layout.logs(cell_id or self.the_cell(), 0) / f"heartbeat{rank}.json"
