@@ -50,10 +50,16 @@ def run(
     results: Results = Path("results"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
     container: Container = None,
+    runtime: Annotated[
+        str | None, typer.Option("--runtime", help="What runs images: apptainer, podman or docker; else the first here.")
+    ] = None,
 ) -> None:
     """Run a suite whole: data, warm starts, every cell, report. Repeat it to resume; what is finished is not repeated."""
+    from bench.container.runtimes import insist
     from bench.launch.workflow import run_suite
 
+    if runtime is not None:
+        insist(runtime)
     raise typer.Exit(run_suite(suite, profile=profile, results=results, dry_run=dry_run, container=container))
 
 

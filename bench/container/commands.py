@@ -17,7 +17,9 @@ Cache = Annotated[Path | None, typer.Option("--cache", help="Where images lie; b
 @app.command()
 def build(
     name: Name = "current",
-    archive: Annotated[bool, typer.Option("--archive", help="Write an OCI archive, too, for podman and docker.")] = False,
+    archive: Annotated[
+        bool, typer.Option("--archive", help="Write an OCI archive, too, for podman and docker; done anyway where one of them runs trials.")
+    ] = False,
     commit: Annotated[bool, typer.Option("--commit", help="Write its digest into containers/digests.json.")] = False,
     output: Annotated[Path | None, typer.Option("--output", help="Write what was built as JSON.")] = None,
     any_package: Annotated[
@@ -29,12 +31,13 @@ def build(
     from bench.container.build import build as build_image
     from bench.container.build import commit_digest
     from bench.container.images import image_named
+    from bench.container.runtimes import wants_archive
     from bench.container.verify import verify as verify_image
     from bench.record import write_json
 
     image = image_named(name)
     print(f"image {name}: {image.description}", flush=True)
-    built = build_image(image, cache=cache, archive=archive, any_package=any_package, new_rootfs=commit)
+    built = build_image(image, cache=cache, archive=archive or wants_archive(), any_package=any_package, new_rootfs=commit)
     if commit:
         commit_digest(built)
     print(f"digest: {built.digest}\nenvironment: {built.environment_digest}")

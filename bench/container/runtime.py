@@ -81,7 +81,7 @@ def find_image(setting: str) -> Found:
             f"container {setting!r}: it was not built here from this checkout's locks; seen: {len(note_paths(image, folder))} other images "
             f"in {folder}; `coati-bench container build {setting}` builds it"
         )
-    return _found(fitting[0], runtime)
+    return _found(next((file for file in fitting if beside(file, runtime.suffix).exists()), fitting[0]), runtime)
 
 
 @cache

@@ -45,6 +45,12 @@ def insisted() -> Kind | None:
     return kind
 
 
+def insist(name: str) -> None:
+    """Insist on a runtime, for this process and what it starts. Raises UserError for a name that is none."""
+    os.environ[RUNTIME_VARIABLE] = name
+    insisted()
+
+
 def present() -> list[Runtime]:
     """The runtimes that are installed, in order of choice."""
     found = [(kind, next(filter(None, map(shutil.which, names)), None)) for kind, names in PROGRAMS.items()]
@@ -58,6 +64,14 @@ def choose(suffix: str | None = None) -> Runtime:
         if wanted in (None, runtime.kind) and suffix in (None, runtime.suffix):
             return runtime
     raise MachineError(lacking(wanted, suffix))
+
+
+def wants_archive() -> bool:
+    """Whether the runtime for trials here takes images as OCI archives. Raises UserError."""
+    try:
+        return choose().suffix == ARCHIVE
+    except MachineError:
+        return False
 
 
 def lacking(wanted: Kind | None, suffix: str | None = None) -> str:
