@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
@@ -21,6 +22,8 @@ from bench.errors import MachineError, UserError
 PLUGIN = "snakemake_executor_plugin_slurm"
 LOOK_SECONDS = 5.0
 QUERY_SECONDS = 60.0
+HELD = "PENDING,RUNNING,COMPLETING,CONFIGURING,SUSPENDED"
+"""States of jobs that will still do something."""
 
 
 def uses_slurm(profile: Path) -> bool:
@@ -87,7 +90,15 @@ class Queue:
 
     def held(self) -> list[str]:
         """Numbers of this user's jobs of the suite that are waiting or running. Raises MachineError if the scheduler does not answer."""
-        command = ["squeue", "--me", "-h", "-t", "PENDING,RUNNING,COMPLETING,CONFIGURING,SUSPENDED", "-o", "%i %j"]
+        return self._jobs(HELD)
+
+    def preempted(self) -> list[str]:
+        """Numbers of those that were preempted and are not held any more: Slurm does not start them again. Raises MachineError."""
+        gone = self._jobs("PREEMPTED")
+        return [job for job in gone if job not in self.held()] if gone else []
+
+    def _jobs(self, states: str) -> list[str]:
+        command = ["squeue", "--me", "-h", "-t", states, "-o", "%i %j"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=QUERY_SECONDS)
         except (OSError, subprocess.SubprocessError) as error:
@@ -114,3 +125,28 @@ class Queue:
         except (MachineError, subprocess.TimeoutExpired):
             return []
         return held
+
+
+class PreemptionWatch:
+    """Sees jobs that were preempted for good since it was made.
+
+    Snakemake's plugin leaves a preempted job to Slurm and waits for it, for ever where Slurm does not start it again.
+    """
+
+    def __init__(self, queue: Queue, look: float = 2 * LOOK_SECONDS) -> None:
+        self._queue, self._look_seconds = queue, look
+        self._known: set[str] = set()
+        self._next = time.monotonic() + look
+        with suppress(MachineError):
+            self._known = set(queue.preempted())
+
+    def lost(self) -> list[str]:
+        """Their numbers, once nothing else of the suite is waiting or running; none while the scheduler does not answer."""
+        if time.monotonic() < self._next:
+            return []
+        self._next = time.monotonic() + self._look_seconds
+        try:
+            found = [job for job in self._queue.preempted() if job not in self._known]
+            return [] if not found or self._queue.held() else found
+        except MachineError:
+            return []

@@ -21,7 +21,7 @@ from bench.data.sources import resolve
 from bench.errors import MachineError, UserError
 from bench.launch.follow import Follower
 from bench.launch.guard import Ended, Guarded
-from bench.launch.queue import Queue, check_partitions, check_slurm, uses_slurm
+from bench.launch.queue import PreemptionWatch, Queue, check_partitions, check_slurm, uses_slurm
 from bench.launch.readiness import check_readiness, forget_lost_images, forget_unfinished
 from bench.launch.runlock import Held, hold
 from bench.layout import Layout
@@ -33,6 +33,8 @@ SOURCE_TREE = Path(__file__).resolve().parents[2]
 GRACE_SECONDS = 15.0
 """What blocks get after SIGTERM to end their ranks and leave what they know."""
 LOOK_SECONDS = 0.5
+MOST_SUBMISSIONS = 10
+"""How often blocks are submitted again that were preempted for good."""
 INTERRUPTED, CANNOT = 130, 3
 
 
@@ -81,7 +83,16 @@ def _run(suite: Path, plan: Plan, layout: Layout, profile: Path, lock: Held, que
     follower, log = Follower(plan, layout, say), layout.root / "logs" / "snakemake.log"
     _announce(suite, plan, layout, follower)
     before, offset = _modified(layout), log.stat().st_size if log.exists() else 0
-    ended = _follow(command, follower, log, lock)
+    for _ in range(MOST_SUBMISSIONS):
+        ended, lost = _follow(command, follower, log, lock, queue)
+        if not lost:
+            break
+        say(f"jobs preempted, and not started again by Slurm: {', '.join(lost)}; what they had not finished is submitted again")
+        _clear_stale_lock(command, was_killed=False)
+    else:
+        raise MachineError(
+            f"{log}: jobs were preempted {MOST_SUBMISSIONS} times; try again when the cluster is less busy, or ask for requeue"
+        )
     if ended is None:
         return INTERRUPTED
     if ended.code != 0:
@@ -92,20 +103,26 @@ def _run(suite: Path, plan: Plan, layout: Layout, profile: Path, lock: Held, que
     return 0
 
 
-def _follow(command: list[str], follower: Follower, log: Path, lock: Held) -> Ended | None:
-    """Run `command` under guard to its end and say what happens; None if this process was interrupted."""
+def _follow(command: list[str], follower: Follower, log: Path, lock: Held, queue: Queue | None) -> tuple[Ended | None, list[str]]:
+    """Run `command` under guard to its end and say what happens.
+
+    Returns how it ended, None if this process was interrupted; and the jobs that were preempted for good, if it was ended for them.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
+    watch = PreemptionWatch(queue) if queue else None
     guarded = Guarded(command, environment=_environment(), log=log, grace=GRACE_SECONDS, keep=(lock.descriptor,))
     try:
         while (ended := guarded.wait(LOOK_SECONDS)) is None:
             follower.look()
+            if watch and (lost := watch.lost()):
+                return guarded.end(), lost
     except KeyboardInterrupt:
         say("interrupted; ending what runs ...")
         guarded.end()
         follower.look()
-        return None
+        return None, []
     follower.look()
-    return ended
+    return ended, []
 
 
 def snakemake_command(root: Path, profile: Path, queue: Queue | None = None) -> list[str]:

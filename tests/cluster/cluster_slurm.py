@@ -183,6 +183,11 @@ class Slurm:
         """Jobs in one of these states."""
         return self.login("squeue", "-h", "-t", states, "-o", "%i").stdout.split()
 
+    def set_preemption(self, mode: str) -> None:
+        """What becomes of jobs of the usual partition that are preempted: REQUEUE, CANCEL."""
+        done = self.login("scontrol", "update", f"PartitionName={PARTITION}", f"PreemptMode={mode}")
+        assert done.returncode == 0, done.stderr
+
     def await_quiet(self, seconds: float) -> None:
         """Wait until no job runs and every node is idle."""
         _wait_for(lambda: not self.jobs(), seconds, "jobs are left")

@@ -15,8 +15,7 @@ from typing import Any
 from cluster_hosts import BRIDGE_HOST, end
 from cluster_slurm import Slurm
 
-from bench.launch.queue import Queue
-from bench.launch.workflow import SOURCE_TREE, snakemake_command
+from bench.launch.workflow import SOURCE_TREE
 from bench.layout import Layout
 from bench.matrix import load_plan
 from bench.record import Record, load_record
@@ -102,26 +101,14 @@ class Bench:
 
     def start(self, host: str, *arguments: str, log: str = "run.log") -> subprocess.Popen[bytes]:
         """Start `coati-bench` on a host."""
-        return self._popen(host, PROGRAM, *arguments, log=log)
-
-    def _popen(self, host: str, *command: str, log: str = "run.log") -> subprocess.Popen[bytes]:
-        process = self.slurm.hosts.popen(host, "env", "-C", str(self.folder), *command, log=self.folder / log, env=self.environment)
+        line = ("env", "-C", str(self.folder), PROGRAM, *arguments)
+        process = self.slurm.hosts.popen(host, *line, log=self.folder / log, env=self.environment)
         self._started.append(process)
         return process
 
     def run(self) -> subprocess.Popen[bytes]:
         """Start the suite through Snakemake and Slurm."""
         return self.start(BRIDGE_HOST, "run", str(self.suite), "--profile", "slurm", "--results", str(self.layout.root.parent))
-
-    def run_with_requeue(self) -> subprocess.Popen[bytes]:
-        """Start the suite's workflow with a profile of a site whose preempted jobs are requeued."""
-        profile = self.folder / "requeue"
-        profile.mkdir()
-        text = (SOURCE_TREE / "profiles" / "slurm" / "config.yaml").read_text(encoding="utf-8")
-        assert text.count("slurm-no-requeue: true") == 1
-        (profile / "config.yaml").write_text(text.replace("slurm-no-requeue: true", "slurm-requeue: true"), encoding="utf-8")
-        path = os.pathsep.join([str(Path(PROGRAM).parent), os.environ["PATH"]])
-        return self._popen(BRIDGE_HOST, f"PATH={path}", *snakemake_command(self.layout.root, profile, Queue(self.layout.root)))
 
     def submit(self, block: str, nodes: int, *options: str) -> str:
         """Submit one block by hand; return the job's number. What it prints is in block.log."""

@@ -58,16 +58,22 @@ def test_a_driver_that_is_killed_and_begun_again_makes_no_block_twice(bench):
 # -- preemption, requeue, limits ---------------------------------------------------------------------------------
 
 
+def preempt(bench):
+    """Run a job that needs all nodes and may take them."""
+    line = ("sbatch", "--wait", "--partition", URGENT, "--nodes", "3", "--exclusive", "--wrap", "hostname")
+    done = bench.slurm.login(*line, "--output", str(bench.folder / "urgent.log"), seconds=180)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_preempted_job_is_requeued_and_goes_on_with_the_trials_that_it_has_not_finished(bench):
     bench.plan("strategy: [ddp], lora_rank: [0, 8], nodes: [2]", steps=100)
-    driver = bench.run_with_requeue()
+    driver = bench.run()
     wait_until(lambda: len(bench.without_record()) == 1, 240, bench.said)
     (interrupted,) = bench.without_record()
     bench.await_step(1, cell_id=interrupted)
     (finished,) = bench.records()
     (job,) = bench.slurm.jobs("RUNNING")
-    urgent = bench.slurm.login("sbatch", "--wait", "--partition", URGENT, "--nodes", "3", "--exclusive", "--wrap", "hostname", seconds=120)
-    assert urgent.returncode == 0, urgent.stderr
+    preempt(bench)
     assert bench.without_record() == [interrupted]
     assert driver.wait(300) == 0, bench.said()
     records = {record.cell_id: record for record in bench.records()}
@@ -78,6 +84,23 @@ def test_a_preempted_job_is_requeued_and_goes_on_with_the_trials_that_it_has_not
     stopped = load_record(bench.layout.logs(interrupted, 0) / "attempt1" / "cancelled.json")
     assert (stopped.outcome, stopped.reason) == ("cancelled", "the supervisor got SIGTERM")
     assert (bench.layout.report / "report.html").exists()
+
+
+def test_a_job_that_is_preempted_for_good_is_submitted_again_by_the_driver_that_waits_for_it(bench):
+    bench.plan("strategy: [ddp], nodes: [2]", steps=100)
+    bench.slurm.set_preemption("CANCEL")
+    try:
+        driver = bench.run()
+        bench.await_step(1)
+        (job,) = bench.slurm.jobs("RUNNING")
+        preempt(bench)
+    finally:
+        bench.slurm.set_preemption("REQUEUE")
+    assert driver.wait(400) == 0, bench.said()
+    assert f"jobs preempted, and not started again by Slurm: {job}; what they had not finished is submitted again" in bench.said()
+    record = bench.record(1)
+    assert record.outcome == "ok"
+    assert record.provenance["scheduler"]["job"] != job
 
 
 def test_a_requeued_job_goes_on_in_mid_trial_where_the_trial_last_saved(bench):
