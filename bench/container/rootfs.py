@@ -50,7 +50,7 @@ def committed_rootfs(image: Image) -> str | None:
 def bootstrap(image: Image, path: Path) -> None:
     """Let mmdebstrap make it; raises MachineError."""
     command = ["mmdebstrap", "-q", "--variant=minbase", f"--include={','.join(sorted(image.rootfs.packages))}", image.rootfs.release]
-    # mmdebstrap hands its environment on to the packages' scripts, some of which run Python: what it imports would leave byte code of its own
+    # mmdebstrap hands it on to the packages' scripts, some of which run Python: what that imports would leave byte code of another kind
     environment = {"SOURCE_DATE_EPOCH": str(image.epoch), "PYTHONDONTWRITEBYTECODE": "1"}
     run([*command, str(path), *debian_mirror()], what=f"root file system, Debian {image.rootfs.release}", environment=environment)
 
