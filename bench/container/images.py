@@ -14,6 +14,11 @@ SOURCE_TREE = Path(__file__).resolve().parents[2]
 DEFINITIONS = SOURCE_TREE / "containers"
 DIGESTS = DEFINITIONS / "digests.json"
 
+FORGET_HOST = (
+    'for name in hostname resolv.conf apt/sources.list; do rm -f "$1/etc/$name" && install -m 644 /dev/null "$1/etc/$name" || exit 1; done'
+)
+"""What mmdebstrap does at the end: it copies the building machine's name, name servers and mirror into the root file system."""
+
 
 class Rootfs(NamedTuple):
     """The operating system's part: a Debian release and packages of it."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from bench.container import rootfs
-from bench.container.images import image_named
+from bench.container.images import FORGET_HOST, image_named
 from bench.container.inputs import build_inputs
 from bench.errors import MachineError
 
@@ -66,3 +67,15 @@ def test_a_new_one_is_taken_where_it_is_to_be_committed(tmp_path: Path, debian: 
 def test_another_list_of_packages_has_no_committed_root_file_system(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rootfs, "committed", lambda _: {"inputs": {"packages of the system": "0" * 64, "root file system": "1" * 64}})
     assert rootfs.committed_rootfs(IMAGE) is None
+
+
+def test_nothing_of_the_building_machine_stays_in_it(tmp_path: Path) -> None:
+    (tmp_path / "etc" / "apt").mkdir(parents=True)
+    for name in ("hostname", "resolv.conf", "apt/sources.list"):
+        (tmp_path / "etc" / name).write_text("of this machine")
+        (tmp_path / "etc" / name).chmod(0o755)
+    subprocess.run(["sh", "-c", FORGET_HOST, "hook", str(tmp_path)], check=True)
+    for name in ("hostname", "resolv.conf", "apt/sources.list"):
+        path = tmp_path / "etc" / name
+        assert (path.read_bytes(), path.stat().st_mode & 0o777) == (b"", 0o644)
+    assert subprocess.run(["sh", "-c", FORGET_HOST, "hook", str(tmp_path / "none")], check=False, capture_output=True).returncode
