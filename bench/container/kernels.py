@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,8 @@ from bench.data.cache import sha256_of
 from bench.errors import MachineError
 
 NOTE = "kernels.json"
+FAT_BINARY, PTX = struct.pack("<I", 0xBA55ED50), 1
+"""The mark of a fat binary, and the kind of its entries that is PTX."""
 
 
 class Kernels(NamedTuple):
@@ -80,6 +83,37 @@ def compile_kernels(image: Image, store: Store, environment: str, scratch: Path,
     store.build(context, KERNEL_FILES[0], ["--output", f"type=local,dest={output}"], arguments, [f"{house}:/compiler:ro"])
     if not list(output.glob("*.so")):
         raise MachineError(f"image {image.name}: no kernel came out of {KERNEL_FILES[0]}; its output says why")
+    check_architectures(image, {name for path in output.glob("*.so") for name in architectures_in(path.read_bytes())})
+
+
+def check_architectures(image: Image, seen: set[str]) -> None:
+    """Raise MachineError unless there is code for all of the image's architectures."""
+    wanted = {word for name in image.architectures for word in {name, name.rstrip("+")}}
+    if absent := wanted - seen:
+        raise MachineError(
+            f"image {image.name}: its kernels have no code for {', '.join(sorted(absent))}; seen: {', '.join(sorted(seen)) or 'none'}; "
+            f"{', '.join(image.architectures)} would be right"
+        )
+
+
+def architectures_in(module: bytes) -> set[str]:
+    """Compute capabilities that a module has code for, with a `+` those for which it has PTX.
+
+    nvcc puts both into fat binaries: a head of 16 bytes (mark, version, its own size, bytes that follow), then entries, whose heads
+    begin with kind (1: PTX, 2: machine code), version, size of the head and of the code, and have the capability at byte 28. NVIDIA
+    publishes no description; `cuobjdump --list-elf --list-ptx` lists the same.
+    """
+    found, place = set(), module.find(FAT_BINARY)
+    while place >= 0:
+        _, head, size = struct.unpack_from("<HHQ", module, place + 4)
+        at, end = place + head, place + head + size
+        while at < end:
+            kind, _, head, size = struct.unpack_from("<HHIQ", module, at)
+            (number,) = struct.unpack_from("<I", module, at + 28)
+            found.add(f"{number // 10}.{number % 10}{'+' if kind == PTX else ''}")
+            at += head + size
+        place = module.find(FAT_BINARY, end)
+    return found
 
 
 def architecture_list(image: Image) -> str:

@@ -10,6 +10,7 @@ import fcntl
 import os
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,7 +52,10 @@ def remove(path: Path) -> None:
     for mounted in reversed(_mounts_below(path)):
         subprocess.run(["umount", "--lazy", mounted], check=False, capture_output=True)
     prefix = [] if os.geteuid() == 0 else ["buildah", "unshare"]
+    begin = time.monotonic()
     subprocess.run([*prefix, "rm", "-rf", "--one-file-system", str(path)], check=False)
+    if (seconds := time.monotonic() - begin) >= 1:
+        print(f"  tidying up: {seconds:.0f} s", flush=True)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,16 @@ from bench.errors import MachineError
 
 IMAGE = image_named("current")
 
+ALL = [(2, 75), (2, 80), (2, 86), (2, 90), (2, 100), (2, 120), (1, 120)]
+"""Kind and capability of what the compiler makes for the image: machine code for all, PTX for the last."""
+
+
+def fat_binary(entries: list[tuple[int, int]]) -> bytes:
+    """As nvcc writes it into a module: heads of 64 bytes, 8 bytes of code each."""
+    parts = [struct.pack("<HHIQ", kind, 1, 64, 8) + bytes(12) + struct.pack("<I", number) + bytes(32 + 8) for kind, number in entries]
+    body = b"".join(parts)
+    return b"\x7fELF" + struct.pack("<IHHQ", 0xBA55ED50, 1, 16, len(body)) + body + b"rest"
+
 
 @pytest.fixture
 def compiler(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
@@ -29,7 +40,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
         target = Path(output[1].partition("dest=")[2])
         target.mkdir()
         for name in ("cpu_adam_x86", "fused_optim_cuda"):
-            (target / f"{name}.cpython-311-x86_64-linux-gnu.so").write_bytes(name.encode())
+            (target / f"{name}.cpython-311-x86_64-linux-gnu.so").write_bytes(name.encode() + fat_binary(ALL))
 
     monkeypatch.setattr(Store, "build", build)
     monkeypatch.setattr(kernels, "compiler_wheelhouse", lambda image, folder: folder / "compiler")
@@ -74,6 +85,18 @@ def test_a_compiler_that_makes_nothing_leaves_nothing(tmp_path: Path, monkeypatc
     monkeypatch.setattr(kernels, "compiler_wheelhouse", lambda image, folder: folder / "compiler")
     with pytest.raises(MachineError, match="no kernel came out"):
         kernels_for(tmp_path)
+    assert not list(tmp_path.glob("kernels-*"))
+
+
+def test_the_architectures_of_a_module_are_read_from_it() -> None:
+    assert kernels.architectures_in(fat_binary(ALL[:1]) + fat_binary(ALL[5:])) == {"7.5", "12.0", "12.0+"}
+    assert kernels.architectures_in(b"\x7fELF of a processor") == set()
+
+
+def test_a_module_without_code_for_an_architecture_of_the_image_is_refused(tmp_path: Path, compiler: list[dict[str, str]]) -> None:
+    more = IMAGE._replace(architectures=(*IMAGE.architectures[:-1], "10.3", "12.0+"))
+    with pytest.raises(MachineError, match=r"its kernels have no code for 10\.3; seen: 10\.0, 12\.0, 12\.0\+, 7\.5, .* would be right"):
+        kernels_for(tmp_path, more)
     assert not list(tmp_path.glob("kernels-*"))
 
 
