@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache, partial, wraps
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from bench.cell import Cell
@@ -25,10 +29,41 @@ def import_colossalai() -> None:
     """
     warnings.filterwarnings("ignore", module=r"colossalai\.")
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), compiling_at_the_first_call():
         warnings.simplefilter("ignore")
         import colossalai.booster.plugin
         import colossalai.legacy.utils.memory  # noqa: F401  (Gemini's placement asks it for the device's capacity)
+
+
+@contextmanager
+def compiling_at_the_first_call() -> Iterator[None]:
+    """Let `torch.compile` wait for the first call of a function that it is given meanwhile.
+
+    bitsandbytes, which ColossalAI imports, has fallbacks compiled as it is imported. That loads torch's compiler, a second of every rank's
+    start, for functions that hardly any trial calls.
+    """
+    import torch
+
+    at_once = torch.compile
+
+    def later(function: Any = None, **options: Any) -> Any:
+        if function is None:
+            return partial(later, **options)
+        if not isinstance(function, FunctionType):
+            return at_once(function, **options)
+        compiled = cache(partial(at_once, function, **options))
+
+        @wraps(function)
+        def at_the_first_call(*arguments: Any, **named: Any) -> Any:
+            return compiled()(*arguments, **named)
+
+        return at_the_first_call
+
+    torch.compile = later  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = at_once
 
 
 def start_colossalai(device: torch.device, *, gemini: bool = False) -> None:

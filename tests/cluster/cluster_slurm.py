@@ -198,7 +198,7 @@ class Slurm:
             if told:
                 told()
             try:
-                states = self.login("sinfo", "-h", "-N", "-p", PARTITION, "-o", "%N %t", seconds=10).stdout.split()
+                states = self.login("sinfo", "-h", "-N", "-p", PARTITION, "-o", "%N %t", seconds=5).stdout.split()
             except subprocess.TimeoutExpired:
                 return False
             return states == [word for name in self.hosts.names for word in (name, "idle")]
