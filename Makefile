@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 SHELL := /bin/bash
 
-.PHONY: help install install-deepspeed install-fabric install-slurm quickstart container-quickstart check-image test test-cluster test-cluster-long lint reference clean
+.PHONY: help install install-deepspeed install-fabric install-slurm quickstart container-quickstart check-image test test-extras test-cluster test-cluster-long lint reference clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -45,11 +45,15 @@ lint: install ## ruff, formatting, import contracts, types
 test: lint ## lint, then all tests; tests/gpu skip themselves without a GPU
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile -q
 
+test-extras: ## tests of DeepSpeed's strategies and of Fabric, in an environment of their own (.venv-extras): minutes
+	@$(PYTHON) envs/install.py --into .venv-extras --extra deepspeed --extra fabric
+	COATI_BENCH_EXTRAS=1 OMP_NUM_THREADS=1 .venv-extras/bin/python -m pytest -n 2 --dist load -q -k "deepspeed or fabric" tests/contract tests/unit/strategies
+
 test-cluster: install-slurm ## a real Slurm of three simulated hosts: root, minutes; says so where it is skipped
 	COATI_BENCH_CLUSTER=short OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 0 -q -rs tests/cluster
 
 test-cluster-long: install-slurm ## what else goes wrong on a cluster
 	COATI_BENCH_CLUSTER=long OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 0 -q -rs tests/cluster
 
-clean: ## remove .venv and what tools left behind; results stay
-	rm -rf $(VENV) .snakemake .pytest_cache .ruff_cache .mypy_cache .import_linter_cache build dist *.egg-info
+clean: ## remove both environments and what tools left behind; results stay
+	rm -rf $(VENV) .venv-extras .snakemake .pytest_cache .ruff_cache .mypy_cache .import_linter_cache build dist *.egg-info

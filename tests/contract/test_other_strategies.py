@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 
 import pytest
@@ -19,6 +20,12 @@ SERIES = dict.fromkeys(SIZES, ("loss", "gradient_norm")) | {
 }
 FIRST, LATER = 1e-5, 1e-4
 """Largest relative deviation from naive in fp32, of the first loss and of a whole series (below 1: absolute)."""
+
+
+@pytest.mark.skipif("COATI_BENCH_EXTRAS" not in os.environ, reason="make test-extras asks for the extras")
+def test_deepspeed_and_fabric_are_there_where_extras_are_asked_for():
+    """Else all of their tests would skip themselves, and nobody would notice."""
+    assert [problem for kind in all_strategies().values() if (problem := kind.missing())] == []
 
 
 @pytest.fixture(scope="module")

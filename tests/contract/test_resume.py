@@ -80,7 +80,10 @@ def losses(part: Part) -> dict[str, Any]:
     return {"series": part.series, "held_out": part.held_out, "laps": laps, "non_finite": part.facts.get("non_finite")}
 
 
-TRIALS = [("sft", "naive"), ("rm", "naive"), ("ppo", "naive"), ("sft", "ddp"), ("ppo", "zero2"), ("rm", "gemini")]
+TRIALS = [
+    ("sft", "naive"), ("rm", "naive"), ("ppo", "naive"), ("sft", "ddp"), ("ppo", "zero2"), ("rm", "gemini"),
+    ("ppo", "deepspeed_zero3"), ("sft", "deepspeed_zero2"), ("rm", "fabric"),
+]  # fmt: skip
 """Every stage, and every way of laying out a model; the test of engines below holds for all strategies."""
 
 
@@ -88,6 +91,8 @@ TRIALS = [("sft", "naive"), ("rm", "naive"), ("ppo", "naive"), ("sft", "ddp"), (
 def test_a_killed_trial_goes_on_with_an_identical_loss_curve(stage: str, strategy: str, tmp_path: Path) -> None:
     precision = "fp32" if "fp32" in all_strategies()[strategy].precisions else "bf16-master"
     cell = resumable_cell(stage, strategy, 1 if strategy == "naive" else 2, precision=precision)
+    if reason := all_strategies()[strategy].unsupported(cell):
+        pytest.skip(reason)
     wanted = run_forked(tiny_trial(cell, tmp_path / "whole"))
     stopped = tiny_trial(cell, tmp_path / "stopped")
     step = kill_after_the_first_save(stopped)

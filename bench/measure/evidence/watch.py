@@ -73,8 +73,8 @@ class Frozen:
     unmoved: Share | None = None
 
     def read(self) -> list[int]:
-        """Digests of what this rank holds."""
-        return digests(map(local, self.module.parameters()))
+        """Digests of what this rank holds; of a parameter in DeepSpeed's partitions this rank's, whether it is gathered just now or not."""
+        return digests(local(vars(parameter).get("ds_tensor", parameter)) for parameter in self.module.parameters())
 
 
 class Beside:
