@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 SHELL := /bin/bash
 
-.PHONY: help install install-deepspeed install-fabric install-slurm quickstart container-quickstart check-image test test-extras test-cluster test-cluster-long lint reference clean
+.PHONY: help install install-deepspeed install-fabric install-slurm quickstart container-quickstart check-image test test-extras test-container test-cluster test-cluster-long lint reference clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -48,6 +48,9 @@ test: lint ## lint, then all tests; tests/gpu skip themselves without a GPU
 test-extras: ## tests of DeepSpeed's strategies and of Fabric, in an environment of their own (.venv-extras): minutes
 	@$(PYTHON) envs/install.py --into .venv-extras --extra deepspeed --extra fabric
 	COATI_BENCH_EXTRAS=1 OMP_NUM_THREADS=1 .venv-extras/bin/python -m pytest -n 2 --dist load -q -k "deepspeed or fabric" tests/contract tests/unit/strategies
+
+test-container: install ## cells in the cpu image by the real podman, docker and Apptainer; a build as an ordinary user: minutes, as root
+	COATI_BENCH_CONTAINER=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 0 -q -rs tests/container
 
 test-cluster: install-slurm ## a real Slurm of three simulated hosts: root, minutes; says so where it is skipped
 	COATI_BENCH_CLUSTER=short OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 0 -q -rs tests/cluster

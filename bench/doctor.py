@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.container.fit import fit_lines, fits, fits_to_json, image_line
+from bench.container.site import ways
 from bench.errors import MachineError
 from bench.measure.ceilings import bench_text
 from bench.measure.host import Host, look
@@ -55,10 +56,12 @@ def run_doctor(*, format: str = "text", folder: Path = Path("results")) -> int: 
     able = abilities(host)
     if format == "json":
         items = [{**asdict(item), "possible": item.possible} for item in able]
-        content = {"host": asdict(host), "abilities": items, "images": fits_to_json(fits(host.devices))}
+        content = {
+            "host": asdict(host), "abilities": items, "images": fits_to_json(fits(host.devices)), "ways": [way._asdict() for way in ways()],
+        }  # fmt: skip
         print(json.dumps(content, indent=1, default=str))
     else:
-        print("\n".join([*_seen(host), "", *_allowed(able), "", *_images(host), *_warnings(host)]))
+        print("\n".join([*_seen(host), "", *_allowed(able), "", *_images(host), "", *_ways(), *_warnings(host)]))
     return 0 if able[0].possible else 3
 
 
@@ -183,6 +186,14 @@ def _allowed(able: list[Ability]) -> list[str]:
 def _images(host: Host) -> list[str]:
     found = fits(host.devices)
     return [image_line(found), *(f"  {line}" for line in fit_lines(found))]
+
+
+def _ways() -> list[str]:
+    lines = ["Ways to images and trials in them (containers/README.md)"]
+    for way in ways():
+        lines.append(f"  {'no ' if way.needs else 'yes':<4} {way.name}{f' ({way.note})' if way.note else ''}")
+        lines += [f"         needs {need}" for need in way.needs]
+    return lines
 
 
 def _warnings(host: Host) -> list[str]:

@@ -23,6 +23,7 @@ from bench.container.kernels import Kernels, kernels_for
 from bench.container.requirements import source_requirements, wheel_requirements
 from bench.container.rootfs import make_rootfs
 from bench.container.scratch import scratch_folder
+from bench.container.site import require_namespaces
 from bench.container.tools import require, require_space
 from bench.container.wheelhouse import image_wheelhouse
 from bench.data.cache import sha256_of
@@ -85,6 +86,7 @@ def build(image: Image, *, cache: Path | None = None, archive: bool = False, any
     if found := find_built(image, folder, archive=archive, any_package=any_package):
         print(f"  {found.squashfs}: up to date; nothing to do", flush=True)
         return found
+    require_namespaces()
     require_space(folder, SPACE.get(image.name, CUDA_SPACE))
     folder.mkdir(parents=True, exist_ok=True)
     with scratch_folder(folder) as scratch:
