@@ -20,7 +20,7 @@ from bench.models.presets import PRESETS
 from bench.needs import needs
 from bench.strategies.base import PipelinedEngine, all_strategies
 from tests.contract.rank_harness import run_ranks
-from tests.contract.strategy_work import LENGTH, device_of, make_cell, make_engine, one_step, token_loss, trial_of, value_loss
+from tests.contract.strategy_work import LENGTH, device_of, make_cell, make_engine, one_step, token_loss, train, trial_of, value_loss
 
 DEGREES = {"tensor2": (2, 1), "pipeline2": (1, 2), "both": (2, 2), "none": (1, 1)}
 
@@ -70,6 +70,15 @@ def test_a_rank_holds_what_theory_says(model: str, stage: str, degrees: str, lor
         assert seen["gradients"] == expected.gradient_bytes
         assert seen["optimizer"] == pytest.approx(expected.optimizer_bytes, rel=2e-3)  # beside moments and masters the step counters
     assert needs(cell).state_bytes == max(one.state_bytes for one in theory)
+
+
+def test_a_pipeline_with_adapters_and_masters_has_the_losses_and_norms_of_naive() -> None:
+    """The embedding that its ends share is frozen, so it has no master that the norm could ask for."""
+    shared = {"lora_rank": 4, "precision": "bf16-master", "micro_batch": 2}
+    split = run_ranks(train, 2, make_cell("hybrid", 2, pipeline_parallel=2, **shared), 4)[0]
+    whole = run_ranks(train, 1, make_cell("naive", 1, **shared), 4)[0]
+    assert split["losses"] == pytest.approx(whole["losses"], rel=1e-3)
+    assert split["norms"] == pytest.approx(whole["norms"], rel=1e-2)
 
 
 # -- what a forward pass keeps ---------------------------------------------------------------------------------------

@@ -18,13 +18,14 @@ from typing import Any, get_args
 import pytest
 
 from bench.cell import Cell, Precision, cell_from_json, cell_to_json
+from bench.measure.evidence.walk import local
 from bench.models.build import build_policy
 from bench.record import Part, load_part
 from bench.strategies.base import all_strategies
 from bench.strategies.training_state import innermost
 from bench.worker import run_rank
 from tests.contract.rank_harness import NoAnswer, run_ranks
-from tests.contract.strategy_work import make_engine, trial_of
+from tests.contract.strategy_work import device_of, make_engine, trial_of
 from tests.trials import tiny_cell, tiny_trial
 
 ORDINARY: dict[str, Any] = {"stage": "sft", "lora_rank": 0, "ranks": 1, "precision": "fp32", "model": "bloom-tiny", "micro_batch": 2,
@@ -45,6 +46,10 @@ FARTHEST = 4
 """Most choices in which a combination differs from the ordinary cell."""
 FARTHEST_SMALL = 2
 """The same where weights are in 8 or 4 bits, which depends on adapters alone."""
+FROZEN: tuple[dict[str, Any], ...] = (
+    {"frozen_weights": "int8"}, {"frozen_placement": "host"}, {"frozen_weights": "int8", "frozen_placement": "host"},
+)  # fmt: skip
+"""What PPO's frozen models may be; asked of PPO, on two ranks first: on one a shard is all."""
 SIZES: dict[str, dict[str, Any]] = {
     "sft": {"steps": 3, "learning_rate": 1e-2},
     "rm": {"steps": 3, "learning_rate": 5e-3},
@@ -63,7 +68,9 @@ def combinations() -> list[dict[str, Any]]:
                 continue
             others = [[choice for choice in CHOICES[name] if choice != ORDINARY[name]] for name in names]
             found += [{**ORDINARY, **dict(zip(names, values, strict=True))} for values in itertools.product(*others)]
-    return [one for one in found if one["ranks"] % (one["degrees"][0] * one["degrees"][1]) == 0]
+    frozen = [{**ORDINARY, "stage": "ppo", "ranks": ranks, "precision": precision, **changes}
+              for ranks in (2, 1) for precision in ("fp32", "bf16-master") for changes in FROZEN]  # fmt: skip
+    return [one for one in found + frozen if one["ranks"] % (one["degrees"][0] * one["degrees"][1]) == 0]
 
 
 def cell_of(strategy: str, combination: dict[str, Any]) -> Cell:
@@ -122,6 +129,16 @@ def floats(cell: Cell) -> list[bool]:
     return [parameter.is_floating_point() for parameter in engine.module.parameters()]
 
 
+def frozen_otherwise(cell: Cell) -> bool:
+    """Whether a frozen model is not laid out as the cell says: not in 8 bits, or not whole, as what waits in host memory is."""
+    strategy, module = all_strategies()[cell.strategy], build_policy(trial_of(cell))
+    strategy.start(cell, device_of(cell))
+    placed = [vars(one).get("ds_tensor", one) for one in strategy.place_frozen(module, cell, device_of(cell)).parameters()]
+    if cell.settings.frozen_weights == "int8":
+        return all(one.is_floating_point() for one in placed)
+    return sum(local(one).numel() for one in placed) < 0.9 * sum(one.numel() for one in module.parameters())
+
+
 def updates_in_place(cell: Cell) -> bool:
     """Whether the optimizer updates the memory of the model's own parameters, so that nothing lies anywhere else."""
     _, engine, module = make_engine(cell)
@@ -138,6 +155,9 @@ def test_what_is_called_unsupported_fails_as_stated(strategy: str, about: str, t
         return
     if "weights cannot train" in reason:
         assert {all(kinds) for kinds in run_ranks(floats, cell.world_size, cell)} == {True}
+        return
+    if "frozen models" in reason:
+        assert all(run_ranks(frozen_otherwise, cell.world_size, cell))
         return
     if "moves masters only" in reason:
         assert all(run_ranks(updates_in_place, cell.world_size, cell))
@@ -158,6 +178,6 @@ def test_all_kinds_of_refusals_are_found() -> None:
     reasons = " ".join(reason for _, reason in refusals().values())
     for words in (
         "one rank only", "does not offer precision", "takes no LoRA", "KV cache", "cuts through the heads", "splits no model",
-        "lays out no int8", "weights cannot train",
+        "lays out no int8", "weights cannot train", "keeps frozen models in shards",
     ):  # fmt: skip
         assert words in reasons
