@@ -29,9 +29,9 @@ from bench.container.wheelhouse import image_wheelhouse
 from bench.data.cache import sha256_of
 from bench.layout import cache_folder
 
-SPACE = {"cpu": 8_000_000_000}
+SPACE = {"cpu": 10_000_000_000}
 """Bytes that a build takes at its peak; an image that is not named takes the CUDA size."""
-CUDA_SPACE = 24_000_000_000
+CUDA_SPACE = 32_000_000_000
 ENVIRONMENT, PACKAGE = "localhost/coati-bench/environment", "localhost/coati-bench/package"
 """Tags in the build's own store."""
 
