@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bench.container.build import built_here, image_folder, note_paths
 from bench.container.engine import load
@@ -93,10 +94,25 @@ def _found(named: Path, runtime: Runtime) -> Found:
             f"{'with --archive ' if runtime.suffix == ARCHIVE else ''}makes it, or bring it, or another runtime (COATI_BENCH_RUNTIME)"
         )
     # an archive is checked when it is loaded, by its digest
-    note = check_file(file) if runtime.suffix == SQUASHFS else load_note(file)
+    note = _checked(file) if runtime.suffix == SQUASHFS else load_note(file)
     if runtime.suffix == ARCHIVE:
         load(runtime, file, note["digest"])
     return Found(file, note["digest"], note["environment_digest"], note["package"], (note.get("kernels") or {}).get("digest"))
+
+
+def _checked(file: Path) -> dict[str, Any]:
+    """The note of a squashfs, whose hash is computed once for as long as the file stays the same one (its change time says so)."""
+    note, stamp = load_note(file), image_folder() / f".{file.name}.checked"
+    seen = file.stat()
+    now = f"{seen.st_dev} {seen.st_ino} {seen.st_size} {seen.st_ctime_ns} {note['sha256'].get(file.name)}"
+    with suppress(OSError):
+        if stamp.read_text(encoding="ascii") == now:
+            return note
+    check_file(file)
+    with suppress(OSError):
+        image_folder().mkdir(parents=True, exist_ok=True)
+        stamp.write_text(now, encoding="ascii")
+    return note
 
 
 def container_of(trial: Trial) -> Container | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from bench.cell import cell_from_json
-from bench.container import runtime
+from bench.container import runtime, verify
 from bench.container.inputs import build_inputs, package_digest
 from bench.container.runtime import Bind, Container, container_of, find_image
 from bench.data.cache import sha256_of
@@ -104,6 +104,24 @@ def test_an_image_that_was_not_built_here_is_refused_with_the_command_that_build
     monkeypatch.setenv("COATI_BENCH_CACHE", str(tmp_path))
     with pytest.raises(UserError, match="`coati-bench container build cpu` builds it"):
         find_image("cpu")
+
+
+def test_an_image_is_hashed_once_and_again_when_its_file_changes(tmp_path, monkeypatch, apptainer):
+    monkeypatch.setenv("COATI_BENCH_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "coati-bench-cpu-aaaaaaaaaaaa.sqfs"
+    file.write_bytes(b"the image")
+    note = {"digest": "sha256:aaaaaaaaaaaa", "environment_digest": "e", "package": "p", "sha256": {file.name: sha256_of(file)}}
+    file.with_suffix(".json").write_text(json.dumps(note))
+    hashed = []
+    monkeypatch.setattr(runtime, "check_file", lambda path: hashed.append(path) or verify.check_file(path))
+    for _ in range(2):
+        runtime._found.cache_clear()
+        assert find_image(str(file)).digest == "sha256:aaaaaaaaaaaa"
+    assert hashed == [file]
+    file.write_bytes(b"the imagf")
+    runtime._found.cache_clear()
+    with pytest.raises(UserError, match="not the image that was built"):
+        find_image(str(file))
 
 
 def test_of_two_images_with_the_same_locks_that_with_this_package_is_taken(tmp_path, monkeypatch, apptainer):
