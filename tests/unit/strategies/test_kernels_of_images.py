@@ -14,7 +14,13 @@ from bench.strategies.kernels import _without_compiler
 
 def cell(strategy: str, **settings: object) -> Cell:
     return Cell(
-        stage="sft", model="bloom-560m", strategy=strategy, lora_rank=0, nodes=1, processes_per_node=1, settings=Settings(**{"data": "synthetic-instruct", **settings})
+        stage="sft",
+        model="bloom-560m",
+        strategy=strategy,
+        lora_rank=0,
+        nodes=1,
+        processes_per_node=1,
+        settings=Settings(**{"data": "synthetic-instruct", **settings}),
     )
 
 
