@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 SHELL := /bin/bash
 
-.PHONY: help install install-deepspeed install-fabric install-slurm quickstart container-quickstart check-image test test-extras test-container test-cluster test-cluster-long lint reference clean
+.PHONY: help install install-deepspeed install-fabric install-slurm install-sbom quickstart container-quickstart check-image test test-extras test-container test-cluster test-cluster-long lint reference clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -21,6 +21,9 @@ install-fabric: ## the strategy fabric (Lightning Fabric) as well
 install-slurm: ## what `run --profile slurm` needs as well, on the login node
 	@$(PYTHON) envs/install.py --extra slurm
 
+install-sbom: ## what `container bill` needs as well
+	@$(PYTHON) envs/install.py --extra sbom
+
 quickstart: install ## three stages x four strategies x LoRA x nodes on the CPU, and a report: minutes
 	@echo "coati-bench run config/quickstart.yaml"
 	@$(VENV)/bin/coati-bench run config/quickstart.yaml
@@ -29,7 +32,10 @@ reference: install ## the three reference commands, BLOOM-560m: needs a CUDA dev
 	@echo "coati-bench run config/reference/bloom-560m.yaml"
 	@$(VENV)/bin/coati-bench run config/reference/bloom-560m.yaml
 
-container-quickstart: install ## the quick start inside the cpu image: builds it (minutes), needs mmdebstrap, buildah and Apptainer
+container-install-sbom: ## what `container bill` needs as well
+	@$(PYTHON) envs/install.py --extra sbom
+
+quickstart: install ## the quick start inside the cpu image: builds it (minutes), needs mmdebstrap, buildah and Apptainer
 	@echo "coati-bench run config/quickstart.yaml --container cpu"
 	@$(VENV)/bin/coati-bench run config/quickstart.yaml --container cpu
 

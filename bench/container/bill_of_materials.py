@@ -115,7 +115,7 @@ def cyclonedx(materials: list[Material], *, name: str, version: str, epoch: int)
         from cyclonedx.output.json import JsonV1Dot6
     except ImportError:
         raise MachineError(
-            "a bill of materials needs cyclonedx-python-lib; seen: it is not installed; `pip install 'coati-bench[sbom]'` would be right, "
+            "a bill of materials needs cyclonedx-python-lib; seen: it is not installed; `make install-sbom` would be right, "
             "or `--licences` for the table alone"
         ) from None
     made = dt.datetime.fromtimestamp(epoch, dt.UTC)
