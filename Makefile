@@ -32,10 +32,7 @@ reference: install ## the three reference commands, BLOOM-560m: needs a CUDA dev
 	@echo "coati-bench run config/reference/bloom-560m.yaml"
 	@$(VENV)/bin/coati-bench run config/reference/bloom-560m.yaml
 
-container-install-sbom: ## what `container bill` needs as well
-	@$(PYTHON) envs/install.py --extra sbom
-
-quickstart: install ## the quick start inside the cpu image: builds it (minutes), needs mmdebstrap, buildah and Apptainer
+container-quickstart: install ## the quick start inside the cpu image: builds it (minutes), needs mmdebstrap, buildah and Apptainer
 	@echo "coati-bench run config/quickstart.yaml --container cpu"
 	@$(VENV)/bin/coati-bench run config/quickstart.yaml --container cpu
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import re
+import subprocess
 from pathlib import Path
 from types import ModuleType
 
@@ -31,3 +33,10 @@ def test_every_package_has_a_room_on_the_map() -> None:
 def test_every_module_says_in_its_first_line_what_it_is() -> None:
     silent = [path.name for path in (ROOT / "bench").rglob("*.py") if path.name != "__init__.py" and not generator()._first_line(path)]
     assert silent == []
+
+
+def test_every_target_of_the_makefile_stands_once_and_is_listed_by_help() -> None:
+    done = subprocess.run(["make", "-C", str(ROOT), "--no-print-directory", "help"], capture_output=True, text=True, check=True)
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert done.stderr == ""
+    assert [line.split()[1] for line in done.stdout.splitlines()] == targets
