@@ -20,7 +20,7 @@ NO_KERNELS = (
     "ColossalAI's kernels (HybridAdam's; gemini and `optimizer: hybrid` on CUDA need them) are not in it: no compiler of its CUDA is locked"
 )
 UNEXPLAINED = "no input differs, so the build is not reproducible here (other versions of its tools?)"
-WITHOUT_ROOT = "no input differs; without root the device nodes of /dev cannot be made, all other files are the same"
+WITHOUT_ROOT = "no input differs; without root the device nodes of /dev cannot be made, so its digest is another"
 COMMIT_ADVICE = "coati-bench container build {name} --commit"
 
 
