@@ -8,7 +8,6 @@ docker keeps images in containerd) is the image of the note, whoever loaded it.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import io
 import json
 import subprocess
@@ -20,6 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from bench.container.buildah import digest_of
 from bench.container.runtimes import Runtime
 from bench.container.tools import explain, tail
 from bench.errors import MachineError, UserError
@@ -56,17 +56,22 @@ def load(runtime: Runtime, archive: Path, digest: str) -> str:
 
 def read_ids(archive: Path, digest: str) -> Ids:
     """The digests in an archive, whose manifest must have `digest`. Raises UserError."""
-    try:
-        with tarfile.open(archive) as tar:
-            (entry,) = json.loads(_member(tar, "index.json"))["manifests"]
-            manifest = _member(tar, f"blobs/{entry['digest'].replace(':', '/')}")
-    except (tarfile.TarError, KeyError, ValueError, OSError, EOFError) as error:
-        raise UserError(f"{archive}: no OCI archive; seen: {error}; one of `container build --archive` would be right") from None
-    seen = f"sha256:{hashlib.sha256(manifest).hexdigest()}"
+    manifest = archive_manifest(archive)
+    seen = digest_of(manifest)
     if seen != digest:
         raise UserError(f"{archive}: holds another image; seen: {seen}; {digest} would be right; bring or build it again")
     content = json.loads(manifest)
     return Ids(content["config"]["digest"], seen, tuple(layer["digest"] for layer in content["layers"]))
+
+
+def archive_manifest(archive: Path) -> bytes:
+    """The only manifest in an OCI archive. Raises UserError."""
+    try:
+        with tarfile.open(archive) as tar:
+            (entry,) = json.loads(_member(tar, "index.json"))["manifests"]
+            return _member(tar, _blob(entry["digest"]))
+    except (tarfile.TarError, KeyError, ValueError, OSError, EOFError) as error:
+        raise UserError(f"{archive}: no OCI archive; seen: {error}; one of `container build --archive` would be right") from None
 
 
 def stored(runtime: Runtime, ids: Ids) -> str | None:

@@ -10,7 +10,6 @@ that the supervisor sees and ends ranks as it does without an image.
 from __future__ import annotations
 
 import csv
-import getpass
 import io
 import os
 import resource
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.container.runtimes import Runtime
+from bench.container.tools import user_name
 
 MOST_PROCESSES = 32768
 """Upper limit that podman sets; its own default is one that not every machine can set."""
@@ -87,20 +87,13 @@ def client_environment(variables: Mapping[str, str]) -> dict[str, str]:
 
 def _inside(variables: Mapping[str, str], home: Path) -> dict[str, str | None]:
     """Variables inside; None for those whose value is the client's own, too."""
-    user = _user()
+    user = user_name()
     fixed = {"HOME": str(home), "USER": user, "LOGNAME": user, "PYTHONPATH": variables["PYTHONPATH"]}
     return {**dict.fromkeys(sorted(variables.keys() - {*CLIENT_VARIABLES, *fixed})), **fixed}
 
 
 def _handed(key: str, value: str | None) -> str:
     return key if value is None else f"{key}={value}"
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return str(os.getuid())
 
 
 def _network(seat: Seat | None) -> str:

@@ -51,7 +51,7 @@ class Bind(NamedTuple):
 
     @property
     def option(self) -> str:
-        """As Apptainer and podman read it."""
+        """As Apptainer reads it."""
         return f"{self.path}:{self.inside or self.path}:{'rw' if self.writable else 'ro'}"
 
 

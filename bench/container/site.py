@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import os
 import re
 import shutil
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.container.runtimes import PROGRAMS, Kind, insisted, present
-from bench.container.tools import PACKAGES
+from bench.container.tools import PACKAGES, user_name
 from bench.errors import MachineError
 
 ANSWER_SECONDS = 20.0
@@ -74,7 +73,7 @@ def rootless_problems() -> list[str]:
         problems.append(f"user namespaces; seen: {reason}")
     if os.geteuid() != 0:
         problems += [
-            f"a line for {_user()} in {file} (as root: usermod --add-sub{kind}s 200000-265535 {_user()})"
+            f"a line for {user_name()} in {file} (as root: usermod --add-sub{kind}s 200000-265535 {user_name()})"
             for kind, file in (("uid", "/etc/subuid"), ("gid", "/etc/subgid"))
             if not has_subordinate_ids(Path(file))
         ]
@@ -105,7 +104,7 @@ def namespaces_problem() -> str | None:
 def has_subordinate_ids(file: Path, least: int = 65536) -> bool:
     """Whether this user has as many ids as an image may hold, by a line NAME:FIRST:COUNT of /etc/subuid or /etc/subgid."""
     lines = [line.split(":") for line in (_read(str(file)) or "").splitlines()]
-    mine = {_user(), str(os.getuid())}
+    mine = {user_name(), str(os.getuid())}
     return any(len(line) == 3 and line[0] in mine and line[2].isdigit() and int(line[2]) >= least for line in lines)
 
 
@@ -133,10 +132,3 @@ def _read(path: str) -> str | None:
         return Path(path).read_text(encoding="utf-8").strip()
     except OSError:
         return None
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return str(os.getuid())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import shutil
 import subprocess
@@ -89,6 +90,14 @@ def run(
     if what:
         print(f"  {what}: {time.monotonic() - begin:.0f} s", flush=True)
     return done.stdout
+
+
+def user_name() -> str:
+    """Name of this process's user, its number where it has none."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
 
 
 def explain(output: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -93,18 +92,6 @@ def check_file(path: Path) -> dict[str, Any]:
     if note["digest"].removeprefix("sha256:")[:12] not in path.name:
         raise UserError(f"{path}: its name does not carry its digest; seen: {path.name}; {note['digest']}")
     return note
-
-
-def archive_digest(path: Path) -> str:
-    """The manifest digest inside an OCI archive. Raises UserError."""
-    try:
-        with tarfile.open(path) as tar:
-            member = tar.extractfile("index.json")
-            assert member is not None
-            (entry,) = json.load(member)["manifests"]
-            return str(entry["digest"])
-    except (tarfile.TarError, KeyError, ValueError, OSError, EOFError) as error:
-        raise UserError(f"{path}: no OCI archive; {error}; one of `container build --archive` would be right") from None
 
 
 def source_inside(squashfs: Path) -> str:
