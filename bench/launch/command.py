@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from bench.cell import Cell
 from bench.container.engine_line import Seat
@@ -135,10 +136,22 @@ class Agents:
         return rank_environment({"GLOO_SOCKET_IFNAME": "lo", **self._variables, **visible_devices(devices)}, self._search_path)
 
 
-def start_guarded(entered: Entered, log: Path, keep: tuple[int, ...]) -> Guarded:
+def start_guarded(entered: Entered, log: Path, keep: tuple[int, ...], hand_on: tuple[int, ...] = ()) -> Guarded:
     """Start a line, in its image or not, under guard. Raises OSError."""
     grace = GRACE_SECONDS if entered.grace is None else entered.grace
-    return Guarded(entered.line, environment=entered.environment, log=log, keep=keep, grace=grace)
+    return Guarded(entered.line, environment=entered.environment, log=log, keep=keep, hand_on=hand_on, grace=grace)
+
+
+class _Agent(NamedTuple):
+    guarded: Guarded
+    log: Path
+    inside: Path | None
+    """Where its container's topmost process notes its id, if it does."""
+
+    @property
+    def top(self) -> int:
+        """The process that everything of it is below."""
+        return noted(self.inside) or self.guarded.pid
 
 
 class AgentsJob:
@@ -147,23 +160,18 @@ class AgentsJob:
     what = "the torchrun agent of node {}"
 
     def __init__(self) -> None:
-        self._agents: list[Guarded] = []
-        self._logs: list[Path] = []
-        self._insides: list[Path | None] = []
+        self._agents: list[_Agent] = []
         self._by_itself: list[Ended | None] = []
         self._failed_at: float | None = None
 
     def add(self, agent: Guarded, log: Path, inside: Path | None = None) -> None:
         """Take in one more agent; `inside` is where its container's topmost process notes its id, if it does."""
-        self._agents.append(agent)
-        self._logs.append(log)
-        self._insides.append(inside)
-        self._by_itself.append(None)
+        self._agents.append(_Agent(agent, log, inside))
 
     def wait(self, seconds: float) -> bool:
         """Whether all agents have ended, or one badly and the others had `LINGER_SECONDS` to follow."""
         share = seconds / len(self._agents)
-        self._by_itself = [agent.wait(share) for agent in self._agents]
+        self._by_itself = [agent.guarded.wait(share) for agent in self._agents]
         if self._failed_at is None and any(ended is not None and ended.code != 0 for ended in self._by_itself):
             self._failed_at = time.monotonic()
         lingered = self._failed_at is not None and time.monotonic() > self._failed_at + LINGER_SECONDS
@@ -171,14 +179,14 @@ class AgentsJob:
 
     def pids(self) -> list[int]:
         """Agents and ranks; the guards are no part of the measured job."""
-        return descendants([noted(inside) or agent.pid for agent, inside in zip(self._agents, self._insides, strict=True)])
+        return descendants([agent.top for agent in self._agents])
 
     def end(self) -> None:
         """End all agents and all below them."""
         for agent in self._agents:
-            agent.ask_to_end()
+            agent.guarded.ask_to_end()
         for agent in self._agents:
-            agent.end()
+            agent.guarded.end()
 
     def trouble(self) -> str | None:
         """How the first agent ended that ended badly by itself."""
@@ -194,7 +202,7 @@ class AgentsJob:
 
     def log_paths(self) -> list[Path]:
         """Output of the agents."""
-        return list(self._logs)
+        return [agent.log for agent in self._agents]
 
 
 def noted(note: Path | None) -> int | None:

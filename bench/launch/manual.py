@@ -140,9 +140,9 @@ class ManualJob:
 
     def __init__(self, own: Guarded, beacon: Beacon, others: dict[int, Sight], number: int, logs: list[Path]) -> None:
         self._own, self._beacon, self._others, self._number, self._logs = own, beacon, others, number, logs
-        self._bad: dict[int, str] = {}
+        self._bad: dict[int, tuple[str, float]] = {}
+        """What is wrong with a node, and when that first showed, by the monotonic clock."""
         self._failed_at: float | None = None
-        self._signs: list[float] = []
 
     def wait(self, seconds: float) -> bool:
         """Whether the agents of all nodes have ended, or one badly and the others had `LINGER_SECONDS` to follow."""
@@ -171,13 +171,11 @@ class ManualJob:
 
     def _blame(self, node: int, what: str, since: float | None = None) -> None:
         """Keep what is wrong with a node, and since when, if that is not only now."""
-        if node not in self._bad:
-            self._bad[node] = what
-            self._signs.append(time.monotonic() if since is None else since)
+        self._bad.setdefault(node, (what, time.monotonic() if since is None else since))
 
     def first_sign(self) -> float | None:
         """The last beat of a node that fell silent, or when anything else was noticed."""
-        return min(self._signs, default=None)
+        return min((since for _, since in self._bad.values()), default=None)
 
     def pids(self) -> list[int]:
         """Agent and ranks of this node."""
@@ -197,7 +195,7 @@ class ManualJob:
 
     def trouble(self) -> str | None:
         """What was wrong with the first node that was in trouble."""
-        return self._bad[min(self._bad)] if self._bad else None
+        return self._bad[min(self._bad)][0] if self._bad else None
 
     def log_paths(self) -> list[Path]:
         """Output of every node's agent."""

@@ -17,9 +17,9 @@ from bench.cell import Cell
 from bench.container.engine_line import Seat
 from bench.container.overlay import overlaid
 from bench.container.runtime import Container, Entered, container_of, home_inside
-from bench.launch.command import LOOPBACK, PROGRAM
+from bench.launch.command import LOOPBACK, PROGRAM, start_guarded
 from bench.launch.environment import rank_environment
-from bench.launch.guard import GRACE_SECONDS, Ended, Guarded
+from bench.launch.guard import GRACE_SECONDS, Ended
 from bench.launch.job import LaunchError, free_port
 from bench.launch.processes import descendants, signal_name
 from bench.trial import Trial
@@ -144,8 +144,7 @@ class _ParentProcess:
         line = [*line, "--requests", names[0], "--replies", names[1]]
         try:
             entered = Entered(line, environment) if container is None else container.enter(line, environment, seat=Seat.alone())
-            grace = GRACE_SECONDS if entered.grace is None else entered.grace
-            self.guard = Guarded(entered.line, environment=entered.environment, log=log, keep=keep, hand_on=theirs, grace=grace)
+            self.guard = start_guarded(entered, log, keep, hand_on=theirs)
         finally:
             for descriptor in theirs:
                 os.close(descriptor)
