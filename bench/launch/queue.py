@@ -95,7 +95,8 @@ class Queue:
     def preempted(self) -> list[str]:
         """Numbers of those that were preempted and are not held any more: Slurm does not start them again. Raises MachineError."""
         gone = self._jobs("PREEMPTED")
-        return [job for job in gone if job not in self.held()] if gone else []
+        held = set(self.held()) if gone else set()
+        return [job for job in gone if job not in held]
 
     def _jobs(self, states: str) -> list[str]:
         command = ["squeue", "--me", "-h", "-t", states, "-o", "%i %j"]
