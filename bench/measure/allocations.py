@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
@@ -55,7 +55,7 @@ class Allocated:
             "trials": len(latency),
             "all_reduce_latency_seconds": {"median": median(latency), "worst": max(latency)},
             "all_reduce_bytes_per_second": {"median": median(rate), "worst": min(rate)},
-            "clocks": {node: {"offset_seconds": it.offset_seconds, "error_seconds": it.error_seconds} for node, it in self.clocks.items()},
+            "clocks": {node: asdict(clock) for node, clock in self.clocks.items()},
             "differences": self.differences,
         }
 

@@ -13,6 +13,7 @@ Torch is imported inside functions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,7 @@ def pack(module: nn.Module, names: list[str], kind: str, precision: str, device:
     """Replace, in place, the linear layers `names` by packed ones, in host memory; each is quantised on `device`."""
     for name in names:
         layer = small_layer(module.get_submodule(name), kind, precision, device)
-        module.set_submodule(name, packed_kinds()[kind](layer, storage_dtype(precision)).cpu())
+        module.set_submodule(name, KINDS[kind]()(layer, storage_dtype(precision)).cpu())
 
 
 def unpacked(module: nn.Module, name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
@@ -49,41 +50,48 @@ def unpacked(module: nn.Module, name: str, tensor: torch.Tensor) -> tuple[str, t
     return f"{owner}.weight", weight.T if layer.transposed else weight
 
 
+# -- the modules around the bytes, each made when torch is first needed -----------------------------------------------
+
+
+def joined(parts: list[torch.Tensor], dtype: torch.dtype) -> tuple[nn.Parameter, list[int]]:
+    """The bytes of `parts` in one run that is called `dtype`, each begun at a multiple of `ALIGNED`, and how many each has."""
+    import torch
+    from torch import nn
+
+    pieces = [part.detach().contiguous().flatten().view(torch.uint8) for part in parts]
+    run = torch.cat([nn.functional.pad(piece, (0, -len(piece) % ALIGNED)) for piece in pieces])
+    return nn.Parameter(run.view(dtype), requires_grad=False), [len(piece) for piece in pieces]
+
+
+def parted(run: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:
+    """The pieces of a gathered run, as bytes."""
+    import torch
+
+    taken = run.view(torch.uint8).split([size + -size % ALIGNED for size in sizes])
+    return [piece[:size] for piece, size in zip(taken, sizes, strict=True)]
+
+
 @cache
-def packed_kinds() -> dict[str, Any]:
-    """Kind -> the module around its bytes."""
+def packed_int8() -> Any:
+    """The module for `int8`: a layer as one parameter `packed`, its scales, then its weight."""
     import torch
     from torch import nn
 
     bnb = bitsandbytes()
 
-    class Packed(nn.Module):
-        """The layer `inner` as one parameter `packed`: its scales, then its weight."""
-
-        def __init__(self, inner: Any, dtype: torch.dtype, parts: list[torch.Tensor]) -> None:
-            super().__init__()
-            self.shape, self.transposed, self.bias = (inner.out_features, inner.in_features), inner.transposed, inner.bias
-            pieces = [part.detach().contiguous().flatten().view(torch.uint8) for part in parts]
-            run = torch.cat([nn.functional.pad(piece, (0, -len(piece) % ALIGNED)) for piece in pieces])
-            self.sizes = [len(piece) for piece in pieces]
-            self.packed = nn.Parameter(run.view(dtype), requires_grad=False)
-
-        def _parts(self, run: torch.Tensor) -> list[torch.Tensor]:
-            """The pieces of the gathered `run`, as bytes."""
-            taken = run.view(torch.uint8).split([size + -size % ALIGNED for size in self.sizes])
-            return [piece[:size] for piece, size in zip(taken, self.sizes, strict=True)]
-
-    class PackedInt8(Packed):
+    class PackedInt8(nn.Module):
         """A Linear8bitLt."""
 
         def __init__(self, inner: Any, dtype: torch.dtype) -> None:
             scales = inner.state.SCB if inner.state.SCB is not None else inner.weight.SCB
-            super().__init__(inner, dtype, [scales, inner.weight.data])
+            super().__init__()
+            self.shape, self.transposed, self.bias = (inner.out_features, inner.in_features), inner.transposed, inner.bias
+            self.packed, self.sizes = joined([scales, inner.weight.data], dtype)
 
         def state(self, run: torch.Tensor) -> Any:
             """What bitsandbytes multiplies by."""
             outputs, inputs = self.shape
-            scales, weight = self._parts(run)
+            scales, weight = parted(run, self.sizes)
             state = bnb.MatmulLtState()
             state.CB, state.SCB = weight.view(torch.int8).view(outputs, inputs), scales.view(torch.float32)
             state.threshold, state.has_fp16_weights, state.is_training = OUTLIER, False, self.training
@@ -100,7 +108,18 @@ def packed_kinds() -> dict[str, Any]:
             state = self.state(run)
             return state.CB.float() * (state.SCB / 127.0).unsqueeze(1)
 
-    class PackedNf4(Packed):
+    return PackedInt8
+
+
+@cache
+def packed_nf4() -> Any:
+    """The module for `nf4`: likewise, with nested scales."""
+    import torch
+    from torch import nn
+
+    bnb = bitsandbytes()
+
+    class PackedNf4(nn.Module):
         """A Linear4bit with nested scales."""
 
         code: torch.Tensor
@@ -110,7 +129,9 @@ def packed_kinds() -> dict[str, Any]:
             found = inner.weight.quant_state
             nested = found.state2
             assert (found.blocksize, nested.blocksize) == (BLOCK, NESTED_BLOCK)
-            super().__init__(inner, dtype, [nested.absmax, found.offset, found.absmax, inner.weight.data])
+            super().__init__()
+            self.shape, self.transposed, self.bias = (inner.out_features, inner.in_features), inner.transposed, inner.bias
+            self.packed, self.sizes = joined([nested.absmax, found.offset, found.absmax, inner.weight.data], dtype)
             self.computes, self.stood_for = inner.compute_dtype, found.dtype
             self.register_buffer("code", found.code, persistent=False)
             self.register_buffer("nested_code", nested.code, persistent=False)
@@ -118,7 +139,7 @@ def packed_kinds() -> dict[str, Any]:
         def state(self, run: torch.Tensor) -> tuple[torch.Tensor, Any]:
             """The weight's bytes, and bitsandbytes' description of them."""
             kind = bnb.functional.QuantState
-            nested, offset, scales, weight = self._parts(run)
+            nested, offset, scales, weight = parted(run, self.sizes)
             inner = kind(absmax=nested.view(torch.float32), blocksize=NESTED_BLOCK, code=self.nested_code, dtype=torch.float32)
             return weight.unsqueeze(1), kind(
                 absmax=scales, shape=torch.Size(self.shape), code=self.code, blocksize=BLOCK, quant_type="nf4", dtype=self.stood_for,
@@ -138,4 +159,8 @@ def packed_kinds() -> dict[str, Any]:
             found: torch.Tensor = bnb.functional.dequantize_4bit(weight, state)
             return found.float()
 
-    return {"int8": PackedInt8, "nf4": PackedNf4}
+    return PackedNf4
+
+
+KINDS: dict[str, Callable[[], Any]] = {"int8": packed_int8, "nf4": packed_nf4}
+"""The module by how weights are kept."""
