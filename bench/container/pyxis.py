@@ -32,8 +32,11 @@ def pyxis_line(trial: Trial, trial_file: Path, *, port: int = PORT) -> str:
         "--container-readonly", "--no-container-mount-home", "--no-container-entrypoint",
         "bash", "-c",
     ]  # fmt: skip
-    # bash expands the two variables inside the step, on every node
-    agent = f"exec env PYTHONPATH={shlex.quote(path)} OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 {PYTHON} {_agent(trial, trial_file, port)}"
+    # bash expands the variables and the number of cores inside the step, on every node
+    cell = trial.parsed_cell
+    threads = f"$(( $(nproc) / {cell.processes_per_node} ))" if cell.settings.device == "cuda" else "1"
+    variables = f"PYTHONPATH={shlex.quote(path)} OMP_NUM_THREADS={threads} HF_HUB_OFFLINE=1"
+    agent = f"exec env {variables} {PYTHON} {_agent(trial, trial_file, port)}"
     return f"{shlex.join(step)} {shlex.quote(agent)}"
 
 

@@ -17,7 +17,7 @@ from bench.cell import Cell
 from bench.container.engine_line import Seat
 from bench.container.overlay import overlaid
 from bench.container.runtime import Entered, container_of
-from bench.launch.environment import rank_environment
+from bench.launch.environment import host_threads, rank_environment
 from bench.launch.guard import GRACE_SECONDS, Ended, Guarded
 from bench.launch.job import LINGER_SECONDS, LaunchError, free_port
 from bench.launch.processes import descendants, signal_name
@@ -121,7 +121,7 @@ class Agents:
             for node, line in enumerate(self._lines(cell, trial_file, port)):
                 mine = devices[node * cell.processes_per_node : (node + 1) * cell.processes_per_node]
                 log = agent_log(trial, node)
-                entered = contained(line, trial, self._environment(mine), node=node, seat=Seat(name, node, cell.nodes))
+                entered = contained(line, trial, self._environment(cell, mine), node=node, seat=Seat(name, node, cell.nodes))
                 job.add(start_guarded(entered, log, self._keep), log, inside_note(trial, node))
         except OSError as error:
             job.end()
@@ -132,8 +132,9 @@ class Agents:
         ranks = rank_command(trial_file, self._program)
         return [[*self._prefix, *agent_line(cell, node, ranks, port=port)] for node in range(cell.nodes)]
 
-    def _environment(self, devices: Sequence[str]) -> dict[str, str]:
-        return rank_environment({"GLOO_SOCKET_IFNAME": "lo", **self._variables, **visible_devices(devices)}, self._search_path)
+    def _environment(self, cell: Cell, devices: Sequence[str]) -> dict[str, str]:
+        extra = {"GLOO_SOCKET_IFNAME": "lo", **self._variables, **visible_devices(devices)}
+        return rank_environment(extra, self._search_path, threads=host_threads(cell, simulated_nodes=True))
 
 
 def start_guarded(entered: Entered, log: Path, keep: tuple[int, ...], hand_on: tuple[int, ...] = ()) -> Guarded:

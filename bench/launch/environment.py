@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from bench.cell import Cell
 from bench.measure.provenance import is_recorded
 
 SOURCE_TREE = Path(__file__).resolve().parents[2]
@@ -25,7 +26,6 @@ kernels that are there already would be built again inside the trial.
 """
 
 FIXED = {
-    "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -36,15 +36,26 @@ FIXED = {
     "PYTHONUNBUFFERED": "1",
     "PYTHONHASHSEED": "0",
 }
-"""One thread a rank, no network, output at once; `OMP_NUM_THREADS` of the user wins."""
+"""No network, output at once; the libraries that torch multiplies matrices with on a CPU have one thread."""
 
 
-def rank_environment(extra: Mapping[str, str] | None = None, search_path: tuple[str, ...] = ()) -> dict[str, str]:
-    """The environment of a launch: allow-listed variables, the fixed ones, then `extra`.
+def host_threads(cell: Cell, simulated_nodes: bool = False) -> int:
+    """OpenMP threads of a rank: beside a GPU its share of this machine's cores, since optimizers in host memory step on them.
+
+    On a CPU it is one: there sums in another order would be other losses. `simulated_nodes`: all nodes' ranks are on this machine.
+    """
+    if cell.settings.device != "cuda":
+        return 1
+    ranks = cell.world_size if simulated_nodes else cell.processes_per_node
+    return max(1, len(os.sched_getaffinity(0)) // ranks)
+
+
+def rank_environment(extra: Mapping[str, str] | None = None, search_path: tuple[str, ...] = (), *, threads: int = 1) -> dict[str, str]:
+    """The environment of a launch: allow-listed variables, the fixed ones, `threads` of OpenMP unless the user said, then `extra`.
 
     `bench` is importable from its source tree; `search_path` comes before it.
     """
     chosen = {key: value for key, value in os.environ.items() if key in PASSED_ON or is_recorded(key)}
-    fixed = {**FIXED, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", FIXED["OMP_NUM_THREADS"])}
+    fixed = {**FIXED, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
     path = os.pathsep.join([*search_path, str(SOURCE_TREE)])
     return {**chosen, **fixed, "PYTHONPATH": path, **(extra or {})}

@@ -21,7 +21,7 @@ from types import FrameType
 import psutil
 
 from bench.launch.command import PORT, PROGRAM, agent_line, agent_log, contained, rank_command, start_guarded, visible_devices
-from bench.launch.environment import rank_environment
+from bench.launch.environment import host_threads, rank_environment
 from bench.launch.guard import Guarded
 from bench.measure.build_locks import break_stale_locks
 from bench.trial import Trial, load_trial
@@ -50,7 +50,8 @@ def start_agent(
     if trial.parsed_cell.settings.device == "cuda":
         break_stale_locks()
     line = node_line(trial, trial_file, meeting, program)
-    entered = contained(line, trial, agent_environment(meeting.address, devices, search_path), node=meeting.node)
+    environment = agent_environment(meeting.address, devices, search_path, threads=host_threads(trial.parsed_cell))
+    entered = contained(line, trial, environment, node=meeting.node)
     return start_guarded(entered, agent_log(trial, meeting.node), keep)
 
 
@@ -60,11 +61,11 @@ def node_line(trial: Trial, trial_file: Path, meeting: Meeting, program: str = P
     return agent_line(trial.parsed_cell, meeting.node, ranks, address=meeting.address, port=meeting.port)
 
 
-def agent_environment(address: str, devices: Sequence[str], search_path: tuple[str, ...]) -> dict[str, str]:
+def agent_environment(address: str, devices: Sequence[str], search_path: tuple[str, ...], *, threads: int = 1) -> dict[str, str]:
     """The environment of ranks whose first node is at `address`; interfaces that the user chose stay."""
     interface = interface_towards(address)
     found = {name: interface for name in INTERFACE_VARIABLES if interface and name not in os.environ}
-    return rank_environment({**found, **visible_devices(devices)}, search_path)
+    return rank_environment({**found, **visible_devices(devices)}, search_path, threads=threads)
 
 
 def interface_towards(address: str) -> str | None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from bench.launch.assemble import share_a_machine
 from bench.launch.command import PORT, PROGRAM, Agents, AgentsJob, agent_log
-from bench.launch.environment import rank_environment
+from bench.launch.environment import host_threads, rank_environment
 from bench.launch.guard import Guarded
 from bench.launch.job import Launcher, LaunchError, free_port
 from bench.launch.processes import alive, descendants
@@ -59,7 +59,7 @@ class SrunAgents:
 
     def start(self, trial: Trial, trial_file: Path, devices: Sequence[str]) -> SrunJob:  # noqa: ARG002 (Slurm hands them out)
         """Start the step."""
-        log, environment = Path(trial.work) / "srun.log", self._environment()
+        log, environment = Path(trial.work) / "srun.log", self._environment(trial)
         try:
             step = Guarded(
                 self._line(trial, trial_file, self._choose_port()), environment=environment, log=log, grace=GRACE_SECONDS, keep=self._keep
@@ -79,9 +79,9 @@ class SrunAgents:
             *(["--search-path", json.dumps(self._search_path)] if self._search_path else []),
         ]  # fmt: skip
 
-    def _environment(self) -> dict[str, str]:
+    def _environment(self, trial: Trial) -> dict[str, str]:
         kept = {CONFIGURATION: os.environ[CONFIGURATION]} if CONFIGURATION in os.environ else {}
-        return rank_environment(kept, self._search_path)
+        return rank_environment(kept, self._search_path, threads=host_threads(trial.parsed_cell))
 
 
 class SrunJob(AgentsJob):

@@ -19,7 +19,7 @@ from bench.errors import RecordError
 from bench.launch.assemble import assemble, make_provenance
 from bench.launch.classify import SIGTERM, Seen, Verdict, classify
 from bench.launch.command import Agents
-from bench.launch.environment import rank_environment
+from bench.launch.environment import host_threads, rank_environment
 from bench.launch.job import AbsentError, Job, Launcher, LaunchError
 from bench.launch.oom import oom_kills
 from bench.launch.parent import ForkParent
@@ -78,9 +78,9 @@ def run_trial(
             if not tried.verdict.incident or heard.wait(attempt):
                 break
         trial_file = Path(trial.work) / "trial.json"
-        provenance = make_provenance(
-            trial, command=launcher.command(trial, trial_file), variables=rank_environment(), started=started, ended=utc_now()
-        )
+        variables = rank_environment(threads=host_threads(trial.parsed_cell, launcher.simulated_nodes(trial)))
+        command = launcher.command(trial, trial_file)
+        provenance = make_provenance(trial, command=command, variables=variables, started=started, ended=utc_now())
         if heard.asked:
             tried = replace(tried, verdict=Verdict("cancelled", f"the supervisor got {heard.asked}"))
         record = assemble(

@@ -23,11 +23,11 @@ GOLDEN = (
 )
 
 
-def trial_in(tmp_path, monkeypatch, image=True):
+def trial_in(tmp_path, monkeypatch, image=True, **changes):
     monkeypatch.setenv("COATI_BENCH_CACHE", str(tmp_path / "cache"))
     (tmp_path / "cache").mkdir()
     cell = cell_from_json(
-        {"stage": "sft", "model": "bloom-tiny", "strategy": "ddp", "steps": 2, "device": "cpu", "nodes": 2, "container": "cpu"}
+        {"stage": "sft", "model": "bloom-tiny", "strategy": "ddp", "steps": 2, "device": "cpu", "nodes": 2, "container": "cpu", **changes}
     )
     facts = {"package_sha256": package_digest()}
     image = Input(name="container", path=str(tmp_path / "x.sqfs"), sha256="a" * 64, facts=facts) if image else None
@@ -42,6 +42,11 @@ def test_the_step_is_rendered_with_image_and_mounts_and_says_that_it_is_untested
     said, line = done.stdout.splitlines()
     assert said.startswith("# untested: ")
     assert line == GOLDEN.format(root=tmp_path)
+
+
+def test_ranks_beside_gpus_share_the_cores_of_their_node(tmp_path, monkeypatch):
+    trial = trial_in(tmp_path, monkeypatch, device="cuda", container="current", processes_per_node=4, global_batch=8)
+    assert "OMP_NUM_THREADS=$(( $(nproc) / 4 )) " in pyxis_line(trial, Path(trial.work) / "trial.json")
 
 
 def test_a_trial_without_an_image_and_what_is_no_trial_are_refused(tmp_path, monkeypatch):

@@ -9,8 +9,10 @@ import pytest
 
 from bench.cell import cell_from_json, cell_to_json
 from bench.launch.command import Agents, agent_line, command_lines
-from bench.launch.environment import SOURCE_TREE, rank_environment
+from bench.launch.environment import SOURCE_TREE, host_threads, rank_environment
+from bench.launch.node import agent_environment
 from bench.launch.parent import rank_variables
+from bench.launch.srun import SrunAgents
 from bench.trial import make_trial
 
 
@@ -71,12 +73,32 @@ def test_ranks_build_kernels_with_the_users_own_compiler(monkeypatch):
     assert chosen.items() <= rank_environment().items()
 
 
-@pytest.mark.parametrize(("user", "expected"), [(None, "1"), ("7", "7")])
+@pytest.mark.parametrize(("user", "expected"), [(None, "4"), ("7", "7")])
 def test_the_users_number_of_threads_wins(monkeypatch, user, expected):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if user:
         monkeypatch.setenv("OMP_NUM_THREADS", user)
-    assert rank_environment()["OMP_NUM_THREADS"] == expected
+    assert rank_environment(threads=4)["OMP_NUM_THREADS"] == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "nodes", "processes", "simulated", "threads"),
+    [("cuda", 1, 1, False, 16), ("cuda", 1, 4, False, 4), ("cuda", 2, 4, False, 4), ("cuda", 2, 4, True, 2), ("cuda", 1, 32, False, 1),
+     ("cpu", 1, 1, False, 1), ("cpu", 2, 2, True, 1)],
+)  # fmt: skip
+def test_ranks_share_the_cores_beside_gpus_and_have_one_thread_on_a_cpu(monkeypatch, device, nodes, processes, simulated, threads):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)))
+    made = cell_from_json({**cell_to_json(cell(nodes, processes)), "device": device, "launcher": "torchrun"})
+    assert host_threads(made, simulated) == threads
+
+
+def test_agents_hand_the_threads_on(monkeypatch, tmp_path):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)))
+    made = cell_from_json({**cell_to_json(cell(1, 4)), "device": "cuda", "launcher": "torchrun"})
+    trial = make_trial(made, 0, work=str(tmp_path))
+    assert Agents()._environment(made, ())["OMP_NUM_THREADS"] == SrunAgents("7")._environment(trial)["OMP_NUM_THREADS"] == "4"
+    assert agent_environment("127.0.0.1", (), (), threads=4)["OMP_NUM_THREADS"] == "4"
 
 
 def test_forked_ranks_get_what_torchrun_would_set():
