@@ -1,4 +1,4 @@
-"""How long planning takes and how much memory, for growing suites: `python benchmarks/plan.py`.
+"""How long planning takes and how much memory, for growing suites: `python benchmarks/plan.py [CELLS ...]`.
 
 Each size runs in a process of its own, three times, sizes interleaved; the medians are printed.
 """
@@ -26,7 +26,7 @@ print(json.dumps([len(plan.cells), time.perf_counter() - start, memory * 1024, "
 
 
 def suite_text(cells: int) -> str:
-    """A suite of so many cells: ddp and zero2 over LoRA ranks and 20 node counts."""
+    """A suite of so many cells, a multiple of 40: ddp and zero2 over LoRA ranks and 20 node counts."""
     ranks, nodes = list(range(cells // 40)), list(range(1, 21))
     return (
         f"suite: big\naxes: {{stage: [sft], model: [bloom-tiny], strategy: [ddp, zero2], lora_rank: {ranks}, nodes: {nodes}}}\n"
@@ -43,10 +43,15 @@ def measure(cells: int, folder: Path) -> tuple[int, float, int, bool]:
     return tuple(json.loads(done.stdout))
 
 
-if __name__ == "__main__":
+def main(sizes: list[int]) -> None:
+    """Print the table."""
     with tempfile.TemporaryDirectory() as name:
-        rounds = [[measure(size, Path(name)) for size in SIZES] for _ in range(3)]
+        rounds = [[measure(size, Path(name)) for size in sizes] for _ in range(3)]
     print(f"{'cells':>7} {'seconds':>8} {'MB':>6} {'ms a cell':>10}  torch loaded")
     for column in zip(*rounds, strict=True):
         seconds = statistics.median(run[1] for run in column)
         print(f"{column[0][0]:>7} {seconds:>8.2f} {column[0][2] / 1e6:>6.0f} {1000 * seconds / column[0][0]:>10.3f}  {column[0][3]}")
+
+
+if __name__ == "__main__":
+    main([int(size) for size in sys.argv[1:]] or list(SIZES))

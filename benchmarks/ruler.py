@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import random
 import statistics
 import sys
@@ -76,7 +77,7 @@ def show(speeds: dict[str, list[float]]) -> int:
     """Print what the statistics say; 0 if that is what was planted."""
     found = {}
     for name, values in speeds.items():
-        cv = statistics.stdev(values) / statistics.fmean(values)
+        cv = statistics.stdev(values) / statistics.fmean(values) if len(values) > 1 else math.nan
         print(f"{name}: median {statistics.median(values):,.0f} loss tokens/s, CV {cv:.2%} over {len(values)} trials")
         if name != "A":
             compared = compare([mine / other for mine, other in zip(values, speeds["A"], strict=True)])
