@@ -118,9 +118,14 @@ def model_states(model: Network, cell: Cell, held: Slice) -> States:
     """Bytes of weights, gradients and optimizer states of one model on a rank that holds `held` of it with its data-parallel peers."""
     precision, sharded = cell.settings.precision, all_strategies()[cell.strategy].sharded
     own = {what: _share(held.trainable, cell, what in sharded) for what in ("parameters", "gradients", "optimizer")}
-    frozen = _share(frozen_bytes(model, cell, held), cell, "frozen" in sharded)
     size = WEIGHT_BYTES[precision]
-    return States(frozen + own["parameters"] * size, own["gradients"] * size, own["optimizer"] * OPTIMIZER_BYTES[precision])
+    weights = frozen_share_bytes(model, cell, held) + own["parameters"] * size
+    return States(weights, own["gradients"] * size, own["optimizer"] * OPTIMIZER_BYTES[precision])
+
+
+def frozen_share_bytes(model: Network, cell: Cell, held: Slice) -> int:
+    """Bytes of the weights that never train, on a rank that holds `held` with its data-parallel peers."""
+    return _share(frozen_bytes(model, cell, held), cell, "frozen" in all_strategies()[cell.strategy].sharded)
 
 
 def frozen_bytes(model: Network, cell: Cell, held: Slice) -> int:

@@ -20,7 +20,7 @@ from bench.cell import Cell, PpoSettings
 from bench.measure.activations import KEPT, cache_bytes, head_bytes, kept_bytes, layer_bytes
 from bench.measure.flops import CACHE_BYTES, WEIGHT_BYTES, Sequences
 from bench.measure.shape import Network, Shape
-from bench.needs import frozen_bytes, model_states, networks, slice_of, weights_kind
+from bench.needs import frozen_bytes, frozen_share_bytes, model_states, networks, slice_of, weights_kind
 from bench.strategies.base import Strategy, all_strategies
 from bench.strategies.precision import MASTER_MODES
 from bench.strategies.slices import Slice
@@ -97,7 +97,10 @@ class _Plan:
         for role, model in self.models.items():
             if model.frozen and in_host:
                 continue
-            weights, gradients, optimizer = model_states(model, self.cell, self.held[role])
+            held = self.held[role]
+            weights, gradients, optimizer = model_states(model, self.cell, held)
+            if "parameters" in self.strategy.offloaded:
+                found += frozen_share_bytes(model, self.cell, held)
             there = {"parameters": weights, "optimizer": optimizer, "gradients": gradients if always or role == gradients_of else 0}
             found += sum(size for what, size in there.items() if what not in self.strategy.offloaded)
         return found
@@ -127,6 +130,13 @@ class _Plan:
         size += frozen_bytes(model, self.cell, held) if "frozen" in sharded else 0
         return size * self.strategy.gathered_share(elements, self.cell.data_parallel_size) if elements else 0.0
 
+    def fetched_bytes(self, role: str) -> float:
+        """The head of a model that trains in host memory, which is on the device while logits are computed."""
+        model = self.models[role]
+        if "parameters" not in self.strategy.offloaded or model.lora_rank or model.frozen or model.scalar_head:
+            return 0.0
+        return float(self.shape.vocabulary * self.shape.hidden * WEIGHT_BYTES[self.cell.settings.precision])
+
     def left_bytes(self, *, role: str | None = None) -> float:
         """Weights of all models but one that earlier forward passes without gradients have left whole."""
         if not self.strategy.stays_gathered:
@@ -153,7 +163,7 @@ def _training(plan: _Plan, role: str, work: Sequences, heads: float, beside: flo
     one = layer_bytes(model, work, precision, ways=held.ways)
     loss = one if model.scalar_head or not held.last else max(one, head_bytes(plan.shape, heads, precision))
     left = plan.left_bytes(role=role)
-    work_bytes = held.in_flight * plan.kept(role, work) + loss + beside + plan.gathered_bytes(role) + left
+    work_bytes = held.in_flight * plan.kept(role, work) + loss + beside + plan.gathered_bytes(role) + plan.fetched_bytes(role) + left
     earlier = role if plan.cell.accumulation > 1 else None
     yield Moment(name=f"loss of the {role}", state_bytes=plan.states(gradients_of=earlier), work_bytes=work_bytes)
     yield Moment(name=f"step of the {role}", state_bytes=plan.states(gradients_of=role), work_bytes=plan.step_bytes(role) + left)
@@ -175,5 +185,5 @@ def _ppo_moments(plan: _Plan, settings: PpoSettings, ptx: Sequences, ptx_positio
     yield Moment(name="scoring", state_bytes=plan.states(), work_bytes=scoring)
     rows = settings.prompts_per_iteration * plan.cell.step_batch // settings.global_batch / plan.cell.data_parallel_size
     cache = cache_bytes(plan.shape, sequences=rows, length=whole, precision=precision) / plan.held["policy"].ways
-    drawing = DRAW_BYTES * rows * plan.shape.vocabulary + gathered["policy"]
+    drawing = DRAW_BYTES * rows * plan.shape.vocabulary + gathered["policy"] + plan.fetched_bytes("policy")
     yield Moment(name="rollout", state_bytes=plan.states(), work_bytes=cache + drawing)

@@ -114,7 +114,7 @@ class Strategy(ABC):
     """What lies in equal shares over the data-parallel ranks: parameters, gradients, optimizer; and `frozen`, if weights do that
     never train (the base under LoRA, PPO's reference policy and reward model)."""
     offloaded: ClassVar[frozenset[str]] = frozenset()
-    """What lies in host memory between its uses, and so takes none of the device's: parameters, gradients, optimizer."""
+    """What lies in host memory between its uses, and so takes none of the device's: parameters that train, gradients, optimizer."""
     stays_gathered: ClassVar[bool] = False
     """Whether what `gathered_share` tells of is still there after a forward pass without gradients, of a model that trains."""
     gathers_frozen: ClassVar[bool] = False

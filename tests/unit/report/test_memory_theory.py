@@ -88,6 +88,20 @@ def test_states_in_host_memory_take_nothing_of_the_device() -> None:
     assert bytes_of(on_device, length=8, heads=8)[1] - bytes_of(off, length=8, heads=8)[1] >= 12 * PARAMETERS
 
 
+def test_of_weights_in_host_memory_the_frozen_base_stays_on_the_device_and_the_head_is_fetched() -> None:
+    """As seen on an H100: gemini moves only what trains, and the tied head is there while logits are computed."""
+    shape = shape_of("bloom-560m")
+    assert shape is not None
+    loss = {
+        (name, rank): next(iter(moments(make_cell("sft", name, lora_rank=rank, **GPU), shape)))
+        for name in ("gemini_cpu", "zero2_cpu") for rank in (0, 8)
+    }  # fmt: skip
+    assert loss["gemini_cpu", 0].state_bytes == 0
+    assert loss["gemini_cpu", 8].state_bytes == 2 * PARAMETERS
+    assert loss["gemini_cpu", 0].work_bytes - loss["zero2_cpu", 0].work_bytes == 2 * VOCABULARY_ROWS
+    assert loss["gemini_cpu", 8].work_bytes == loss["zero2_cpu", 8].work_bytes
+
+
 def test_shards_are_shared_by_the_ranks() -> None:
     one, two = (make_cell("sft", "zero2", nodes=nodes, **{**GPU, "global_batch": 8 * nodes}) for nodes in (1, 2))
     assert bytes_of(two, length=8, heads=8)[1] == pytest.approx((2 + (2 + 12 + 8) / 2) * PARAMETERS, rel=0.01)
