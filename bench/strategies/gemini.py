@@ -5,6 +5,7 @@ Facts of ColossalAI 0.5.0 that this file answers for
 * More than one micro-step needs `enable_gradient_accumulation`; without it training silently stands still.
 * It takes only ColossalAI's own Adams, so `optimizer` is forced (`forced_settings`).
 * The norm is computed only while clipping; an infinite largest norm computes it and clips nothing.
+* It clips through `div_scale`, which HybridAdam does not heed for bf16 gradients in host memory; `heed_divisor` has it do so.
 * A skipped fp16 step leaves the overflowed sums in place, and the next step would add to them for ever; `step` drops them.
 * Parameters that do not train are not sharded: every rank holds them whole. So with LoRA the base model is.
 * By default less than 32 Mi elements stay gathered on every rank, and accumulation over such chunks is wrong on more than one
@@ -129,10 +130,25 @@ class GeminiEngine(Engine):
 def _adam(parameters: list[Any], cell: Cell, learning_rate: float) -> Any:
     """HybridAdam on a GPU; on a CPU, where its kernels cannot be built, the stand-in."""
     if cell.settings.device == "cuda":
-        return hybrid_adam(parameters, cell, learning_rate)
+        return heed_divisor(hybrid_adam(parameters, cell, learning_rate))
     from bench.strategies.cpu_emulation import plain_adam
 
     return plain_adam()(parameters, **adamw_arguments(cell, learning_rate))
+
+
+def heed_divisor(optimizer: Any) -> Any:
+    """Have a HybridAdam divide by `div_scale` also the bf16 gradients in host memory, which it updates without its kernel; return it."""
+    step, update = optimizer.step, optimizer.torch_adam_update
+
+    def step_by_divided(closure: Any = None, div_scale: float = -1.0) -> Any:
+        def update_by_divided(data: torch.Tensor, gradient: torch.Tensor, *rest: Any) -> None:
+            update(data, gradient.to(data.dtype).div_(div_scale), *rest)
+
+        optimizer.torch_adam_update = update if div_scale == -1.0 else update_by_divided
+        return step(closure, div_scale)
+
+    optimizer.step = step_by_divided
+    return optimizer
 
 
 class Gemini(Strategy):
