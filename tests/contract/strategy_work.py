@@ -128,7 +128,8 @@ def one_step(engine: Engine, cell: Cell, loss_of: Callable[[Any, torch.Tensor], 
             loss = loss_of(engine.module, ids_BT)
             engine.backward(loss, last=number == len(batches))
             total += loss.detach()
-    return _summed(total) / cell.model_parallel_size, float(engine.step())
+    norm = float(engine.step())  # first: evidence counts the collectives from the first forward pass to here
+    return _summed(total) / cell.model_parallel_size, norm
 
 
 def pipelined(engine: PipelinedEngine, batches: list[torch.Tensor], loss_of: Callable[[Any, torch.Tensor], torch.Tensor]) -> torch.Tensor:

@@ -13,6 +13,7 @@ from bench.strategies.precision import frozen_copy, storage_dtype
 from bench.strategies.visiting import visiting_copy
 from tests.contract.strategy_work import make_cell, trial_of
 from tests.contract.test_resume import stop_and_go_on
+from tests.gpu.device_memory import allocated
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("group")]
 every_strategy = pytest.mark.parametrize("strategy", sorted(all_strategies()))
@@ -68,7 +69,7 @@ def test_a_visiting_model_takes_the_room_of_its_largest_part() -> None:
     module = build(False, "llama-1b")
     size = sum(one.numel() for one in module.parameters()) * 2
     layer = sum(one.numel() for one in module.model.layers[0].parameters()) * 2
-    before = torch.cuda.memory_allocated()
+    before = allocated()
     visiting = visiting_copy(module, "bf16-master", device())
     assert torch.cuda.memory_allocated() - before < 2**20
     torch.cuda.reset_peak_memory_stats()
@@ -81,7 +82,7 @@ def test_a_visiting_model_takes_the_room_of_its_largest_part() -> None:
 def test_placing_a_frozen_model_takes_no_second_copy_in_fp32() -> None:
     module = build(False, "llama-1b")
     size = sum(one.numel() for one in module.parameters()) * 2
-    before = torch.cuda.memory_allocated()
+    before = allocated()
     torch.cuda.reset_peak_memory_stats()
     whole = frozen_copy(module, "bf16-master", device())
     assert torch.cuda.max_memory_allocated() - before < 1.1 * size

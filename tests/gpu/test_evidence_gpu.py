@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +11,12 @@ import torch
 from bench.measure.evidence.holdings import Holdings
 from bench.measure.evidence.trace import ModelTrace, tracing
 from bench.measure.evidence.walk import amount, digests
-from bench.record import Part, load_part
+from bench.record import Part, Traffic
 from bench.strategies.base import all_strategies
-from bench.trial import save_trial
 from tests.contract.strategy_work import make_cell, make_engine, one_step
-from tests.trials import tiny_cell, tiny_trial
+from tests.gpu.device_memory import allocated
+from tests.gpu.lone_rank import run_cell
+from tests.trials import tiny_cell
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -31,7 +30,7 @@ def root(tmp_path_factory):
 
 
 def run(root: Path, strategy: str, stage: str = "sft", **changes: Any) -> Part:
-    """One rank in a process of its own: CUDA does not survive a fork."""
+    """What the only rank of a cell saw, which took some steps of this stage."""
     sizes: dict[str, Any] = {"steps": 6, "lap_steps": 2, "learning_rate": 1e-2, "sequence_length": 64}
     if stage == "ppo":
         sizes = {
@@ -48,12 +47,7 @@ def run(root: Path, strategy: str, stage: str = "sft", **changes: Any) -> Part:
     )  # fmt: skip
     if reason := all_strategies()[strategy].unsupported(cell):
         pytest.skip(reason)
-    trial = tiny_trial(cell, root / cell.cell_id)
-    save_trial(trial, root / cell.cell_id / "trial.json")
-    line = [sys.executable, "-m", "bench.worker", str(root / cell.cell_id / "trial.json")]
-    done = subprocess.run(line, check=False, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return load_part(trial.part_path(0))
+    return run_cell(root, cell)
 
 
 @pytest.mark.parametrize("strategy", sorted(all_strategies()))
@@ -75,7 +69,7 @@ def test_ppo_shows_both_models_on_a_gpu(root):
 
 
 def test_the_bytes_are_those_of_the_allocator(group):
-    before = torch.cuda.memory_allocated()
+    before = allocated()
     _, engine, _ = make_engine(make_cell("naive", 1, device="cuda", precision="bf16-master"))
     holdings = Holdings(engine, "bf16-master", GPU)
     assert holdings.parameters().bytes == 2 * PARAMETERS
@@ -90,7 +84,7 @@ def test_collectives_are_seen_that_ddp_starts_from_the_autograd_thread(group):
     with tracing([trace]):
         one_step(engine, cell)
     assert trace.done
-    assert trace.collectives["all-reduce"].bytes == 4 * PARAMETERS
+    assert trace.collectives == {"all-reduce": Traffic(count=1, bytes=4 * PARAMETERS)}
     assert trace.gradients is not None
     assert trace.gradients.bytes == pytest.approx(4 * PARAMETERS, rel=0.05)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from typing import Any
 
 import pytest
@@ -11,16 +10,10 @@ import torch
 from bench.models.build import build_policy
 from bench.strategies.base import all_strategies
 from tests.contract.strategy_work import batch_BT, make_cell, make_engine, one_step, token_loss, trial_of
+from tests.gpu.device_memory import allocated
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("group")]
 GPU = torch.device("cuda", 0)
-
-
-def allocated() -> int:
-    """Bytes that live on the device, those of earlier tests collected."""
-    gc.collect()
-    torch.cuda.synchronize()
-    return torch.cuda.memory_allocated()
 
 
 def cell(**changes: Any) -> Any:

@@ -28,10 +28,11 @@ for line in sys.stdin:
 
 @pytest.fixture
 def cuda():
-    """An allocator without a cache of earlier tests."""
+    """An allocator without a cache of earlier tests, which leaves none to others on the device."""
     torch = pytest.importorskip("torch")
     torch.cuda.empty_cache()
-    return torch.device("cuda")
+    yield torch.device("cuda")
+    torch.cuda.empty_cache()
 
 
 def test_the_allocator_s_peak_is_what_was_allocated(cuda):
@@ -71,6 +72,7 @@ def test_each_phase_has_the_peak_of_its_own_allocations(cuda):
     assert memory.peak_allocated_bytes - before == pytest.approx(SIZE, rel=0.01)
 
 
+@pytest.mark.alone
 def test_phases_by_device_events_add_up_to_the_lap(cuda):
     """Work of known length on the device (spins of its own clock): phases and residual within 3 % of the lap."""
     import torch
@@ -93,6 +95,7 @@ def test_phases_by_device_events_add_up_to_the_lap(cuda):
     assert phases[OTHER] < 0.03 * seconds
 
 
+@pytest.mark.alone
 def test_the_driver_s_peak_rises_by_what_another_process_allocates():
     """The context of CUDA is in the driver's figure, so the rise from a process with a context counts."""
     device = visible(all_devices())[0]
@@ -125,6 +128,7 @@ def test_a_device_gives_its_state_or_a_reason_for_each_value():
         assert described["driver"].split(".")[0].isdigit()
 
 
+@pytest.mark.alone
 def test_doctor_measures_the_ceilings_of_a_device(tmp_path):
     import json
     import os

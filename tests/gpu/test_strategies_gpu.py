@@ -11,7 +11,7 @@ import torch
 from bench.strategies.base import all_strategies
 from bench.strategies.training_state import innermost
 from tests.contract.strategy_work import generate, make_cell, make_engine, one_step, overflow, round_trip, train, two_engines
-from tests.gpu.test_stages_gpu import run
+from tests.gpu.lone_rank import run_stage
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("group")]
 STRATEGIES = sorted(name for name, kind in all_strategies().items() if kind.missing() is None)
@@ -103,7 +103,7 @@ def test_optimizer_states_lie_where_the_strategy_says(strategy: str) -> None:
 @pytest.mark.parametrize("lora_rank", [0, 16])
 def test_a_whole_stage_is_that_of_naive_and_evidence_agrees(strategy: str, lora_rank: int, tmp_path: Any) -> None:
     cell(strategy, lora_rank=lora_rank)
-    seen, naive = (run(tmp_path, "sft", strategy=kind, lora_rank=lora_rank, precision="bf16-master") for kind in (strategy, "naive"))
+    seen, naive = (run_stage(tmp_path, "sft", strategy=kind, lora_rank=lora_rank, precision="bf16-master") for kind in (strategy, "naive"))
     assert seen.outcome == "ok", seen.reason
     assert seen.series["loss"] == pytest.approx(naive.series["loss"], rel=5e-3)
     assert seen.held_out["loss_after"] == pytest.approx(naive.held_out["loss_after"], rel=5e-3)
@@ -113,6 +113,6 @@ def test_a_whole_stage_is_that_of_naive_and_evidence_agrees(strategy: str, lora_
 def test_rollouts_and_two_trained_models_work_in_a_whole_stage(strategy: str, tmp_path: Any) -> None:
     """PPO generates before anything has learned, which automatic placement of chunks does not expect."""
     cell(strategy, stage="sft")
-    part = run(tmp_path, "ppo", strategy=strategy, precision="bf16-master")
+    part = run_stage(tmp_path, "ppo", strategy=strategy, precision="bf16-master")
     assert part.outcome == "ok", part.reason
     assert all(math.isfinite(value) for value in part.series["loss"])

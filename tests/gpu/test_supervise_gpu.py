@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from bench.cell import cell_from_json
 from bench.launch import supervise
 from bench.launch.command import Agents
 from bench.launch.pool import hold_devices
-from bench.measure.nvml import all_devices
+from bench.measure.nvml import Device, all_devices
 from bench.record import Input, load_record
 from bench.suite import Limits
 from bench.trial import make_trial
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not all_devices(), reason="needs an NVIDIA device")]
+pytestmark = [pytest.mark.gpu, pytest.mark.alone, pytest.mark.skipif(not all_devices(), reason="needs an NVIDIA device")]
 
 FAKES = (str(Path(__file__).parents[1] / "faults"),)
 GIB = 1 << 30
@@ -33,6 +35,22 @@ torch.cuda.synchronize()
 print("ready", flush=True)
 time.sleep(60)
 """
+
+
+@pytest.fixture(autouse=True)
+def but_for_this_run(monkeypatch):
+    """Processes of pytest that have used the device keep a context and memory there: what each device shows is without them."""
+    pytests, processes, used_bytes = this_run(), Device.processes, Device.used_bytes
+    held = {device.uuid: used_bytes(device) for device in all_devices()}
+    monkeypatch.setattr(Device, "processes", lambda device: [pid for pid in processes(device) if pid not in pytests])
+    monkeypatch.setattr(Device, "used_bytes", lambda device: used_bytes(device) - held[device.uuid])
+
+
+def this_run():
+    """This process; under pytest-xdist also its parent, and the workers beside it."""
+    own = psutil.Process()
+    beside = [own.parent(), *own.parent().children()] if "PYTEST_XDIST_WORKER" in os.environ else [own]
+    return {process.pid for process in beside}
 
 
 @pytest.fixture
