@@ -35,6 +35,8 @@ GRACE_SECONDS = 15.0
 LOOK_SECONDS = 0.5
 MOST_SUBMISSIONS = 10
 """How often blocks are submitted again that were preempted for good."""
+PATIENT = "bench.launch.patient_slurm"
+"""The module that is Snakemake where jobs go to Slurm."""
 INTERRUPTED, CANNOT = 130, 3
 
 
@@ -130,7 +132,7 @@ def snakemake_command(root: Path, profile: Path, queue: Queue | None = None) -> 
     named = ["--slurm-jobname-prefix", queue.prefix] if queue else []
     snakefile = str(SOURCE_TREE / "Snakefile")
     return [
-        sys.executable, "-m", "snakemake", "--snakefile", snakefile, "--profile", str(profile), "--nocolor",
+        sys.executable, "-m", PATIENT if queue else "snakemake", "--snakefile", snakefile, "--profile", str(profile), "--nocolor",
         *named, "--config", f"suite={json.dumps(str(root))}",
     ]  # fmt: skip
 
@@ -173,7 +175,7 @@ def _snakemake_runs_here() -> bool:
     here = str(Path.cwd())
     processes = psutil.process_iter(["cmdline", "cwd", "status"])
     return any(
-        any(Path(word).name == "snakemake" for word in info["cmdline"] or ())
+        any(Path(word).name in ("snakemake", PATIENT) for word in info["cmdline"] or ())
         and info["cwd"] == here
         and info["status"] != psutil.STATUS_ZOMBIE
         for info in (process.info for process in processes)

@@ -134,16 +134,16 @@ class Hosts:
             shutil.copytree(source, folder / file) if source.is_dir() else shutil.copy(source, folder / file)
 
 
-def end(pids: Iterable[int]) -> None:
-    """SIGTERM, three seconds, SIGKILL."""
+def end(pids: Iterable[int], *, patience: float = 3.0) -> None:
+    """SIGTERM, `patience` seconds, SIGKILL."""
     pids = list(pids)
-    for number, patience in ((signal.SIGTERM, 3.0), (signal.SIGKILL, 3.0)):
+    for number, seconds in ((signal.SIGTERM, patience), (signal.SIGKILL, 3.0)):
         for pid in pids:
             try:
                 os.kill(pid, number)
             except ProcessLookupError:
                 continue
-        deadline = time.monotonic() + patience
+        deadline = time.monotonic() + seconds
         while any(command_of(pid) for pid in pids) and time.monotonic() < deadline:
             time.sleep(0.05)
 

@@ -172,7 +172,7 @@ class Slurm:
     def stop_controller(self) -> None:
         """End slurmctld; jobs go on."""
         assert self._controller is not None
-        end([self._controller.pid])
+        end([self._controller.pid], patience=60.0)  # it saves its state first
         self._controller.wait()
 
     def login(self, *command: str, seconds: float = 60.0, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
