@@ -17,7 +17,12 @@ DIGESTS = DEFINITIONS / "digests.json"
 FORGET_HOST = (
     'for name in hostname resolv.conf apt/sources.list; do rm -f "$1/etc/$name" && install -m 644 /dev/null "$1/etc/$name" || exit 1; done'
 )
-"""What mmdebstrap does at the end: it copies the building machine's name, name servers and mirror into the root file system."""
+BOOTSTRAP_OPTIONS = ("--variant=minbase", "--skip=output/dev", f"--customize-hook={FORGET_HOST}")
+"""mmdebstrap's, beside the packages.
+
+It copies the building machine's name, name servers and mirror into the root file system. Device nodes only root can make, so that
+root's image would be another than everybody else's; runtimes bring their own /dev.
+"""
 
 
 class Rootfs(NamedTuple):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.cell import canonical_json
-from bench.container.images import DEFINITIONS, FORGET_HOST, SOURCE_TREE, Image
+from bench.container.images import BOOTSTRAP_OPTIONS, DEFINITIONS, SOURCE_TREE, Image
 from bench.container.requirements import compiler_requirements, source_requirements, wheel_requirements
 
 PACKAGE = ("bench",)
@@ -39,7 +39,7 @@ def build_inputs(image: Image) -> dict[str, str]:
         "Containerfile": text_digest((DEFINITIONS / "Containerfile").read_text(encoding="utf-8")),
         "environment script": text_digest((DEFINITIONS / "90-environment.sh").read_text(encoding="utf-8")),
         "epoch": text_digest(str(image.epoch)),
-        "packages of the system": text_digest(canonical_json([image.rootfs.release, sorted(image.rootfs.packages), FORGET_HOST])),
+        "packages of the system": text_digest(canonical_json([image.rootfs.release, sorted(image.rootfs.packages), BOOTSTRAP_OPTIONS])),
         "sources": text_digest(source_requirements(image)),
         "wheels": text_digest(wheel_requirements(image)),
     }

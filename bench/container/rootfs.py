@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench.container.images import FORGET_HOST, Image, committed
+from bench.container.images import BOOTSTRAP_OPTIONS, Image, committed
 from bench.container.inputs import build_inputs
 from bench.container.tools import run
 from bench.data.cache import sha256_of
@@ -49,8 +49,8 @@ def committed_rootfs(image: Image) -> str | None:
 
 def bootstrap(image: Image, path: Path) -> None:
     """Let mmdebstrap make it; raises MachineError."""
-    command = ["mmdebstrap", "-q", "--variant=minbase", f"--include={','.join(sorted(image.rootfs.packages))}"]
-    command += [f"--customize-hook={FORGET_HOST}", image.rootfs.release, str(path), *debian_mirror()]
+    packages = ",".join(sorted(image.rootfs.packages))
+    command = ["mmdebstrap", "-q", f"--include={packages}", *BOOTSTRAP_OPTIONS, image.rootfs.release, str(path), *debian_mirror()]
     # mmdebstrap hands it on to the packages' scripts, some of which run Python: what that imports would leave byte code of another kind
     environment = {"SOURCE_DATE_EPOCH": str(image.epoch), "PYTHONDONTWRITEBYTECODE": "1"}
     run(command, what=f"root file system, Debian {image.rootfs.release}", environment=environment)

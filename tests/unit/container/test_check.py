@@ -52,9 +52,14 @@ def test_missing_programs_skip_it_and_are_named(tmp_path: Path, machine: dict[st
     assert check.check_environment(IMAGE, cache=tmp_path).startswith("SKIPPED: buildah, mksquashfs missing")
 
 
-def test_without_root_it_is_skipped(tmp_path: Path, machine: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_root_it_is_skipped_where_the_user_lacks_namespaces(
+    tmp_path: Path, machine: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(check.os, "geteuid", lambda: 1000)
-    assert check.check_environment(IMAGE, cache=tmp_path).startswith("SKIPPED: root missing")
+    monkeypatch.setattr(check, "rootless_problems", list)
+    assert check.check_environment(IMAGE, cache=tmp_path).startswith("cpu: built anew")
+    monkeypatch.setattr(check, "rootless_problems", lambda: ["user namespaces"])
+    assert check.check_environment(IMAGE, cache=tmp_path).startswith("SKIPPED: user namespaces missing")
 
 
 def test_an_archive_that_has_changed_skips_it(tmp_path: Path, machine: dict[str, object]) -> None:
