@@ -45,8 +45,10 @@ lint: install ## ruff, formatting, import contracts, types
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/mypy
 
-test: lint ## lint, then all tests; tests/gpu skip themselves without a GPU
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile -q
+# a process that has a GPU's context forks no ranks, so the others see none
+test: lint ## lint, then all tests; those of a GPU, which come first, skip themselves without one
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile -q -m gpu
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile -q -m "not gpu"
 
 test-extras: ## tests of DeepSpeed's strategies and of Fabric, in an environment of their own (.venv-extras): minutes
 	@$(PYTHON) envs/install.py --into .venv-extras --extra deepspeed --extra fabric
