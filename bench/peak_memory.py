@@ -99,9 +99,9 @@ class _Plan:
                 continue
             held = self.held[role]
             weights, gradients, optimizer = model_states(model, self.cell, held)
-            if "parameters" in self.strategy.offloaded:
-                found += frozen_share_bytes(model, self.cell, held)
-            there = {"parameters": weights, "optimizer": optimizer, "gradients": gradients if always or role == gradients_of else 0}
+            frozen = frozen_share_bytes(model, self.cell, held)
+            there = {"frozen": frozen, "parameters": weights - frozen, "optimizer": optimizer}
+            there |= {"gradients": gradients} if always or role == gradients_of else {}
             found += sum(size for what, size in there.items() if what not in self.strategy.offloaded)
         return found
 
@@ -121,18 +121,18 @@ class _Plan:
         return float(max(matrix.parameters for matrix in self.shape.matrices) * CACHE_BYTES[self.cell.settings.precision])
 
     def gathered_bytes(self, role: str) -> float:
-        """Weights of a model that are whole beside their shards at the end of a forward pass."""
+        """Weights of a model that come on top of its states at the end of a forward pass: whole beside their shards, or fetched."""
         model, held, sharded = self.models[role], self.held[role], self.strategy.sharded
         if model.frozen and not self.strategy.gathers_frozen:
             return 0.0
         elements = (held.trainable if "parameters" in sharded else 0) + (held.frozen if "frozen" in sharded else 0)
         size = held.trainable * WEIGHT_BYTES[self.cell.settings.precision] if "parameters" in sharded else 0
         size += frozen_bytes(model, self.cell, held) if "frozen" in sharded else 0
-        return size * self.strategy.gathered_share(elements, self.cell.data_parallel_size) if elements else 0.0
+        whole = size * self.strategy.gathered_share(elements, self.cell.data_parallel_size) if elements else 0.0
+        return whole + self._fetched_bytes(model)
 
-    def fetched_bytes(self, role: str) -> float:
+    def _fetched_bytes(self, model: Network) -> float:
         """The head of a model that trains in host memory, which is on the device while logits are computed."""
-        model = self.models[role]
         if "parameters" not in self.strategy.offloaded or model.lora_rank or model.frozen or model.scalar_head:
             return 0.0
         return float(self.shape.vocabulary * self.shape.hidden * WEIGHT_BYTES[self.cell.settings.precision])
@@ -163,7 +163,7 @@ def _training(plan: _Plan, role: str, work: Sequences, heads: float, beside: flo
     one = layer_bytes(model, work, precision, ways=held.ways)
     loss = one if model.scalar_head or not held.last else max(one, head_bytes(plan.shape, heads, precision))
     left = plan.left_bytes(role=role)
-    work_bytes = held.in_flight * plan.kept(role, work) + loss + beside + plan.gathered_bytes(role) + plan.fetched_bytes(role) + left
+    work_bytes = held.in_flight * plan.kept(role, work) + loss + beside + plan.gathered_bytes(role) + left
     earlier = role if plan.cell.accumulation > 1 else None
     yield Moment(name=f"loss of the {role}", state_bytes=plan.states(gradients_of=earlier), work_bytes=work_bytes)
     yield Moment(name=f"step of the {role}", state_bytes=plan.states(gradients_of=role), work_bytes=plan.step_bytes(role) + left)
@@ -185,5 +185,5 @@ def _ppo_moments(plan: _Plan, settings: PpoSettings, ptx: Sequences, ptx_positio
     yield Moment(name="scoring", state_bytes=plan.states(), work_bytes=scoring)
     rows = settings.prompts_per_iteration * plan.cell.step_batch // settings.global_batch / plan.cell.data_parallel_size
     cache = cache_bytes(plan.shape, sequences=rows, length=whole, precision=precision) / plan.held["policy"].ways
-    drawing = DRAW_BYTES * rows * plan.shape.vocabulary + gathered["policy"] + plan.fetched_bytes("policy")
+    drawing = DRAW_BYTES * rows * plan.shape.vocabulary + gathered["policy"]
     yield Moment(name="rollout", state_bytes=plan.states(), work_bytes=cache + drawing)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from bench.container.build import CUDA_SPACE, SPACE, build_environment, image_folder
@@ -10,7 +9,7 @@ from bench.container.buildah import Store
 from bench.container.images import Image, committed
 from bench.container.rootfs import ArchiveChangedError
 from bench.container.scratch import scratch_folder
-from bench.container.site import rootless_problems
+from bench.container.site import build_problems
 from bench.container.tools import missing_programs, require_space
 from bench.container.verify import compared
 from bench.errors import UserError
@@ -27,7 +26,7 @@ def check_environment(image: Image, *, cache: Path | None = None) -> str:
     before = committed(image.name)
     if before is None:
         raise UserError(f"image {image.name!r}: no digest is committed; `coati-bench container build {image.name} --commit` commits one")
-    missing = [*([] if os.geteuid() == 0 else rootless_problems()), *missing_programs("mmdebstrap", "buildah", "mksquashfs", "tar")]
+    missing = [*build_problems(), *missing_programs("mmdebstrap", "buildah", "mksquashfs", "tar")]
     if missing:
         return f"{SKIPPED}{', '.join(missing)} missing, so the image {image.name} was not built"
     folder = image_folder(cache)

@@ -80,9 +80,14 @@ def rootless_problems() -> list[str]:
     return problems
 
 
+def build_problems() -> list[str]:
+    """What this user lacks for a build, programs apart; root lacks nothing."""
+    return [] if os.geteuid() == 0 else rootless_problems()
+
+
 def require_namespaces() -> None:
     """Raise MachineError where this user is not root and lacks what a build without root takes."""
-    if os.geteuid() != 0 and (problems := rootless_problems()):
+    if problems := build_problems():
         raise MachineError(
             f"no image can be built here without root; missing: {'; '.join(problems)}; or build it on another machine, bring its file and "
             "the .json beside it, and check them: `coati-bench container verify FILE`"

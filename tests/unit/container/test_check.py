@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from bench.cli import app
-from bench.container import check
+from bench.container import check, site
 from bench.container.images import image_named
 from bench.container.inputs import build_inputs
 from bench.container.rootfs import ArchiveChangedError
@@ -32,7 +32,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     monkeypatch.setattr(check, "build_environment", build_environment)
     monkeypatch.setattr(check, "missing_programs", lambda *_: state["missing"])
     monkeypatch.setattr(check, "require_space", lambda *_: None)
-    monkeypatch.setattr(check.os, "geteuid", lambda: 0)
+    monkeypatch.setattr(check, "build_problems", list)
     return state
 
 
@@ -55,10 +55,11 @@ def test_missing_programs_skip_it_and_are_named(tmp_path: Path, machine: dict[st
 def test_without_root_it_is_skipped_where_the_user_lacks_namespaces(
     tmp_path: Path, machine: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(check.os, "geteuid", lambda: 1000)
-    monkeypatch.setattr(check, "rootless_problems", list)
+    monkeypatch.setattr(site.os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(check, "build_problems", site.build_problems)
+    monkeypatch.setattr(site, "rootless_problems", list)
     assert check.check_environment(IMAGE, cache=tmp_path).startswith("cpu: built anew")
-    monkeypatch.setattr(check, "rootless_problems", lambda: ["user namespaces"])
+    monkeypatch.setattr(site, "rootless_problems", lambda: ["user namespaces"])
     assert check.check_environment(IMAGE, cache=tmp_path).startswith("SKIPPED: user namespaces missing")
 
 
