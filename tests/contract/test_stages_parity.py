@@ -34,8 +34,8 @@ SERIES = dict.fromkeys(SIZES, ("loss", "gradient_norm")) | {
 }
 SPREAD = {"fp32": 1e-4, "bf16-master": 2e-2}
 """Largest relative deviation from naive of a series (below 1: absolute), by precision."""
-NORM_SPREAD = {"fp32": 1e-4, "bf16-master": 5e-2}
-"""Of a gradient norm: a reward model's, of which little is left near a loss of ln 2, moved by 0.026 where another processor rounds bf16."""
+REWARD_NORM_SPREAD = SPREAD | {"bf16-master": 5e-2}
+"""Of a reward model's gradient norm, of which little is left near a loss of ln 2: it moved by 0.026 where another processor rounds bf16."""
 WIDE = {f"hybrid-{tensor}x{pipeline}": {"strategy": "hybrid", "tensor_parallel": tensor, "pipeline_parallel": pipeline}
         for tensor, pipeline in ((2, 1), (1, 2), (2, 2), (4, 1))}  # fmt: skip
 """Ways to split a model over four ranks, with data parallelism where ranks are left."""
@@ -84,9 +84,9 @@ def test_a_stage_on_two_ranks_is_that_of_naive(run, variant, stage, lora_rank):
     seen = run(stage, 2, **variants()[variant], precision=precision, lora_rank=lora_rank)
     naive = run(stage, 1, precision=precision, lora_rank=lora_rank)
     assert only(seen).facts["initial_weights_sha256"] == only(naive).facts["initial_weights_sha256"]
-    norms = tuple(name for name in SERIES[stage] if name.endswith("gradient_norm"))
-    assert deviation(seen[0], naive[0], tuple(name for name in SERIES[stage] if name not in norms)) < SPREAD[precision]
-    assert deviation(seen[0], naive[0], norms) < NORM_SPREAD[precision]
+    own = {"gradient_norm": REWARD_NORM_SPREAD[precision]} if stage == "rm" else {}
+    for name in SERIES[stage]:
+        assert deviation(seen[0], naive[0], (name,)) < own.get(name, SPREAD[precision])
     assert seen[1].series["loss"] == seen[0].series["loss"]
     assert work(seen, "sequences") == work(naive, "sequences")
     for unit in ("learned_tokens",) if stage == "ppo" else ("loss_tokens", "tokens"):
