@@ -95,9 +95,10 @@ def test_memory_power_and_energy_of_the_device_are_seen_from_outside(run):
     assert record.observed["telemetry_samples"] / record.observed["seconds"] >= 10
 
 
-def test_more_memory_than_the_device_has_is_out_of_memory(run):
+def test_more_memory_than_the_device_has_is_out_of_memory(run, tmp_path):
     record = run("cuda_exhaust")
-    assert (record.outcome, record.attempt) == ("oom", 1)
+    earlier = "\n".join(f"{log}:\n{log.read_text()}" for log in tmp_path.glob("work/attempt*/*.log"))
+    assert (record.outcome, record.attempt) == ("oom", 1), f"an earlier try was an incident\n{earlier}"
     assert "CUDA out of memory" in record.reason
 
 
