@@ -177,7 +177,7 @@ def keep(image: Image, store: Store, made: Made, scratch: Path, folder: Path, *,
     """Put the squashfs, the archive if wanted, and a note of what they are into `folder`, the note last."""
     name = f"coati-bench-{image.name}-{made.digest.removeprefix('sha256:')[:12]}"
     files = [folder / f"{name}.sqfs", *([folder / f"{name}.oci.tar"] if archive else [])]
-    store.write_squashfs(PACKAGE, scratch / files[0].name)
+    store.write_squashfs(PACKAGE, scratch / files[0].name, "small" if image.cuda else "quick")
     check_contents(image, scratch / files[0].name)
     if archive:
         store.write_archive(PACKAGE, image.name, scratch / files[1].name)
