@@ -48,7 +48,7 @@ lint: install ## ruff, formatting, import contracts, types
 # a process that has a GPU's context forks no ranks, so the others see none
 test: lint ## lint, then all tests; those of a GPU, which come first, skip themselves without one
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile -q -m gpu
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile -q -m "not gpu"
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 3 --dist loadfile -q -m "not gpu"
 
 test-extras: ## tests of DeepSpeed's strategies and of Fabric, in an environment of their own (.venv-extras): minutes
 	@$(PYTHON) envs/install.py --into .venv-extras --extra deepspeed --extra fabric
