@@ -15,6 +15,7 @@ from bench.measure.provenance import environment, machine, source, versions
 from bench.models.presets import PRESETS
 from bench.record import Part, Record
 from bench.strategies.base import all_strategies
+from bench.strategies.locked import not_locked
 from bench.trial import Trial
 
 WARM_UP_LAPS = {"ppo": 2}
@@ -91,14 +92,15 @@ def is_indicative(stage: str, parts: list[Part]) -> bool:
 
 
 def make_provenance(trial: Trial, *, command: list[str], variables: dict[str, str], started: str, ended: str) -> dict[str, Any]:
-    """Versions, source, every node, image, command, environment, model, scheduler's job, UTC start and end.
+    """Versions and which are not the locks', source, every node, image, command, environment, model, scheduler's job, UTC start and end.
 
     Nodes tell of themselves; where none did (ranks that were forked here, or never started), this machine is described.
     """
     notes = {node: note for node in range(trial.parsed_cell.nodes) if (note := _node(Path(trial.work), node))}
-    first = notes[min(notes)] if notes else {"versions": versions(), "environment": environment(variables)}
+    first: dict[str, Any] = notes[min(notes)] if notes else {"versions": versions(), "environment": environment(variables)}
     return {
         "versions": first["versions"],
+        "not_locked": not_locked(first["versions"]),
         "source": source(),
         "machines": [{"node": node, **note["machine"]} for node, note in notes.items()] or [{"node": 0, **machine()}],
         "missing_nodes": [node for node in range(trial.parsed_cell.nodes) if notes and node not in notes],

@@ -5,11 +5,21 @@ from __future__ import annotations
 import json
 import re
 import tomllib
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 SOURCE_TREE = Path(__file__).resolve().parents[2]
+ENVIRONMENTS = {
+    ("cpu.lock", "cpu-torch-cpu.lock"): None,
+    ("cuda.lock",): "13.0",
+    ("upstream.lock",): "12.4",
+    ("cpu.lock", "cpu-torch-cuda.lock"): "13.0",
+}
+"""Locks of envs/ that are installed together -> the CUDA of their torch."""
+ADDED = ("sdist.lock", "deepspeed.lock", "fabric.lock")
+"""Those that may come to any of them."""
 _LOCKED = re.compile(r"^([A-Za-z0-9._-]+)==(\S+)", re.MULTILINE)
 
 
@@ -40,6 +50,22 @@ def locked_versions(image: str) -> dict[str, str]:
     """Package -> version in an image of containers/images.toml."""
     item = _images()[image]
     return _read((*item["locks"], item["sources"]))
+
+
+def not_locked(versions: Mapping[str, str | None]) -> dict[str, str]:
+    """Packages that are in another version than the locks have, and the two versions. The locks are those that fit best.
+
+    >>> not_locked({"python": "3.11.2", "torch": "2.11.0", "transformers": "4.51.3", "peft": "0.1", "cuda": "13.0"})
+    {'peft': '0.1, locked 0.13.2'}
+    """
+    found = [(_other_than((*locks, *ADDED), versions), cuda != versions.get("cuda")) for locks, cuda in ENVIRONMENTS.items()]
+    return min(found, key=lambda pair: (len(pair[0]), pair[1]))[0]
+
+
+def _other_than(locks: tuple[str, ...], versions: Mapping[str, str | None]) -> dict[str, str]:
+    locked = _read(locks)
+    both = {package: (seen, locked[package]) for package, seen in sorted(versions.items()) if seen and package in locked}
+    return {package: f"{seen}, locked {right}" for package, (seen, right) in both.items() if seen != right}
 
 
 @cache

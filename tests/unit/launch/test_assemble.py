@@ -10,6 +10,8 @@ import pytest
 from bench.cell import cell_from_json
 from bench.launch.assemble import assemble, is_indicative, make_provenance
 from bench.launch.classify import Verdict
+from bench.launch.rank import node_path
+from bench.measure.provenance import versions
 from bench.record import Lap, Part, load_record, save_record
 from bench.trial import make_trial
 
@@ -113,3 +115,18 @@ def test_a_job_of_the_scheduler_and_the_model_s_source_are_named(tmp_path, monke
     assert found["model"]["hub_id"] == "bigscience/bloom-560m"
     assert len(found["model"]["revision"]) == 40
     assert provenance_of(trial(tmp_path))["model"] == {"name": "bloom-tiny", "weights": "random", "hub_id": None, "revision": None}
+
+
+@pytest.mark.parametrize(
+    ("torch", "cuda", "other"),
+    [
+        ("2.13.0+cpu", None, {}),
+        ("2.11.0", "13.0", {}),
+        ("2.11.1", "13.0", {"torch": "2.11.1, locked 2.11.0"}),
+    ],
+)
+def test_a_record_says_which_versions_are_not_the_locked_ones(tmp_path, torch, cuda, other):
+    seen = {**versions(), "torch": torch, "cuda": cuda, **({"triton": "3.6.0"} if cuda else {})}
+    note = {"machine": {"hostname": "h"}, "versions": seen, "environment": {}}
+    node_path(tmp_path, 0).write_text(json.dumps(note))
+    assert make_provenance(trial(tmp_path), command=[], variables={}, started="", ended="")["not_locked"] == other
