@@ -209,6 +209,12 @@ def _stage(analysis: Analysis, stage: str) -> StagePart:
     )  # fmt: skip
 
 
+ACROSS_ONE = (
+    "A ratio's interval holds 1 beside a claim: the interval is of the median alone, between two of the observed ratios; the claim is the "
+    "sign-flip test, to which every pair counts by its size."
+)
+
+
 def _notes(results: Iterable[CellResult]) -> Iterable[str]:
     """Below a table: why clocks do not count, which flags were raised, where a chain has no partner."""
     found: dict[str, int] = defaultdict(int)
@@ -222,11 +228,19 @@ def _notes(results: Iterable[CellResult]) -> Iterable[str]:
             found[f"Not finite in some steps, which ended no trial: {name}."] += 1
         if result.parity and result.parity.state == "no partner":
             found[f"Not compared: {result.parity.reason}."] += 1
+        if _claimed_across_one(result):
+            found[ACROSS_ONE] += 1
         if device := known_device(result):
             found[f"{device.name}: {device.note}."] += bool(device.note)
         if result.indicative and result.clock_problem is None:
             found[f"Indicative: {_without_length(result.indicative)}."] += 1
     return [f"{text} ({counted(count, 'cell')})" for text, count in found.items() if count]
+
+
+def _claimed_across_one(result: CellResult) -> bool:
+    """Whether a difference is claimed although the interval of the median ratio holds 1."""
+    interval = result.comparison.interval if result.comparison else None
+    return result.verdict in ("faster", "slower") and interval is not None and interval[0] <= 1 <= interval[1]
 
 
 def _without_length(indicative: str) -> str:

@@ -139,6 +139,17 @@ def test_strategies_stand_beside_naive_with_verdict_interval_and_number_of_pairs
     assert answers(analysis)[0].fastest_note.endswith("n = 7; faster, 10.000 x naive (10.000 to 10.000, n = 7))")
 
 
+def test_a_claim_whose_interval_holds_1_is_explained_below_the_table(tmp_path: Path) -> None:
+    """Six pairs of seven a fifth slower, one a little faster."""
+    times = [1.25] * (TRIALS - 1) + [0.98]
+    records = [measured("naive", trial) for trial in range(TRIALS)]
+    analysis = analysed(tmp_path, [*records, *(measured("ddp", trial, seconds) for trial, seconds in enumerate(times))])
+    assert (claim_cell(of(analysis, "ddp")).text, ratio_cell(of(analysis, "ddp")).note) == ("slower", "0.800 to 1.020, n = 7")
+    [page] = make_page(analysis).stages
+    assert [note for note in page.notes if note.startswith("A ratio's interval holds 1 beside a claim")]
+    assert not [note for note in make_page(analysed(tmp_path / "plain", suite())).stages[0].notes if "holds 1" in note]
+
+
 def test_below_six_pairs_every_ratio_is_shown_and_nothing_claimed(tmp_path: Path) -> None:
     records = [
         measured(strategy, trial, seconds) for trial in range(3) for strategy, seconds in (("naive", 1.0), ("ddp", 1.1 + trial / 10))
