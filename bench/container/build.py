@@ -91,10 +91,8 @@ def build(image: Image, *, cache: Path | None = None, archive: bool = False, any
     folder.mkdir(parents=True, exist_ok=True)
     with scratch_folder(folder) as scratch:
         store = Store.made(scratch / "store", image.epoch)
-        digest, inputs = build_environment(image, store, scratch, folder, new_rootfs=new_rootfs)
-        package, kernels = build_package(image, store, scratch, folder)
-        made = Made(digest, digest_of(store.manifest(PACKAGE)), inputs, package, kernels)
-        return keep(image, store, made, scratch, folder, archive=archive)
+        environment = build_environment(image, store, scratch, folder, new_rootfs=new_rootfs)
+        return finish(image, store, environment, scratch, folder, archive=archive)
 
 
 def build_environment(image: Image, store: Store, scratch: Path, folder: Path, *, new_rootfs: bool = False) -> tuple[str, dict[str, str]]:
@@ -114,6 +112,16 @@ def build_environment(image: Image, store: Store, scratch: Path, folder: Path, *
     arguments = {"SOURCE_DATE_EPOCH": str(image.epoch), "LOCKS": locks_digest(image)}
     store.build(context, "Containerfile", ["--tag", ENVIRONMENT], arguments, [f"{wheelhouse}:/wheelhouse:ro"])
     return digest_of(store.manifest(ENVIRONMENT)), build_inputs(image) | {"root file system": sha256_of(rootfs)}
+
+
+def finish(
+    image: Image, store: Store, environment: tuple[str, dict[str, str]], scratch: Path, folder: Path, *, archive: bool = False
+) -> Built:
+    """Build what comes on an environment (digest and inputs) that lies in `store`, and keep the image in `folder`."""
+    package, kernels = build_package(image, store, scratch, folder)
+    digest, inputs = environment
+    made = Made(digest, digest_of(store.manifest(PACKAGE)), inputs, package, kernels)
+    return keep(image, store, made, scratch, folder, archive=archive)
 
 
 def build_package(image: Image, store: Store, scratch: Path, folder: Path) -> tuple[str, Kernels | None]:

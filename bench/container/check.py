@@ -1,10 +1,10 @@
-"""Does this machine make the committed environment? It is built, looked at and thrown away. Torch-free."""
+"""Does this machine make the committed environment? It is built and looked at, then thrown away or made an image of. Torch-free."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from bench.container.build import CUDA_SPACE, SPACE, build_environment, image_folder
+from bench.container.build import CUDA_SPACE, SPACE, build_environment, finish, image_folder
 from bench.container.buildah import Store
 from bench.container.images import Image, committed
 from bench.container.rootfs import ArchiveChangedError
@@ -17,11 +17,12 @@ from bench.errors import UserError
 SKIPPED = "SKIPPED: "
 
 
-def check_environment(image: Image, *, cache: Path | None = None) -> str:
+def check_environment(image: Image, *, cache: Path | None = None, keep: bool = False) -> str:
     """Build the environment of `image` anew and say in one line that it is the committed one, or why it could not be tried.
 
     Such a line begins with SKIPPED: programs are missing, or Debian's archive is another than on the day of the commit. What was fetched
-    stays in the cache. Raises UserError if another environment came out, MachineError where something failed.
+    stays in the cache; with `keep` the image is made of it, too. Raises UserError if another environment came out, MachineError where
+    something failed.
     """
     before = committed(image.name)
     if before is None:
@@ -33,10 +34,12 @@ def check_environment(image: Image, *, cache: Path | None = None) -> str:
     require_space(folder, SPACE.get(image.name, CUDA_SPACE))
     folder.mkdir(parents=True, exist_ok=True)
     with scratch_folder(folder) as scratch:
+        store = Store.made(scratch / "store", image.epoch)
         try:
-            digest, inputs = build_environment(image, Store.made(scratch / "store", image.epoch), scratch, folder)
+            digest, inputs = build_environment(image, store, scratch, folder)
         except ArchiveChangedError as error:
             return f"{SKIPPED}{error}"
-    if problems := compared(f"{image.name}: another digest", before, digest, inputs):
-        raise UserError(problems[0])
-    return f"{image.name}: built anew, its environment is the committed one ({digest})"
+        if problems := compared(f"{image.name}: another digest", before, digest, inputs):
+            raise UserError(problems[0])
+        kept = f"; image: {finish(image, store, (digest, inputs), scratch, folder).squashfs}" if keep else ""
+    return f"{image.name}: built anew, its environment is the committed one ({digest}){kept}"

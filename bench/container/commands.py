@@ -77,12 +77,14 @@ def verify(
 
 
 @app.command()
-def check(name: Name = "cpu", cache: Cache = None) -> None:
+def check(
+    name: Name = "cpu", cache: Cache = None, keep: Annotated[bool, typer.Option("--keep", help="Make the image of it, too.")] = False
+) -> None:
     """Build an image's environment anew; exit code 2 if it is not the committed one. Prints SKIPPED: and why where it cannot be tried."""
     from bench.container.check import check_environment
     from bench.container.images import image_named
 
-    print(check_environment(image_named(name), cache=cache))
+    print(check_environment(image_named(name), cache=cache, keep=keep))
 
 
 @app.command()

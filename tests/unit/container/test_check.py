@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -39,6 +40,18 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
 def test_the_committed_environment_is_said_to_be_it(tmp_path: Path, machine: dict[str, object]) -> None:
     assert check.check_environment(IMAGE, cache=tmp_path) == "cpu: built anew, its environment is the committed one (sha256:right)"
     assert not list((tmp_path / "images").glob(".build-*"))
+
+
+def test_the_image_is_made_of_the_committed_environment_only(
+    tmp_path: Path, machine: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[object] = []
+    monkeypatch.setattr(check, "finish", lambda *given: made.append(given[2]) or SimpleNamespace(squashfs="x.sqfs"))
+    assert check.check_environment(IMAGE, cache=tmp_path, keep=True).endswith("(sha256:right); image: x.sqfs")
+    machine["digest"] = "sha256:other"
+    with pytest.raises(UserError):
+        check.check_environment(IMAGE, cache=tmp_path, keep=True)
+    assert made == [("sha256:right", INPUTS)]
 
 
 def test_another_environment_is_an_error_with_the_inputs_that_differ(tmp_path: Path, machine: dict[str, object]) -> None:
