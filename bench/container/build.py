@@ -11,11 +11,13 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.container.buildah import Store, digest_of
+from bench.container.buildah import QUICK, SMALL, Store, digest_of
 from bench.container.contents import check_contents
 from bench.container.images import DEFINITIONS, DIGESTS, SOURCE_TREE, Image
 from bench.container.inputs import build_inputs, kernel_inputs, package_digest, package_files, text_digest
@@ -87,12 +89,18 @@ def build(image: Image, *, cache: Path | None = None, archive: bool = False, any
         print(f"  {found.squashfs}: up to date; nothing to do", flush=True)
         return found
     require_namespaces()
+    with workshop(image, folder) as (scratch, store):
+        environment = build_environment(image, store, scratch, folder, new_rootfs=new_rootfs)
+        return finish(image, store, environment, scratch, folder, archive=archive)
+
+
+@contextmanager
+def workshop(image: Image, folder: Path) -> Iterator[tuple[Path, Store]]:
+    """A scratch folder in `folder` with an empty store, gone at the end. Raises MachineError where the disk has no room for a build."""
     require_space(folder, SPACE.get(image.name, CUDA_SPACE))
     folder.mkdir(parents=True, exist_ok=True)
     with scratch_folder(folder) as scratch:
-        store = Store.made(scratch / "store", image.epoch)
-        environment = build_environment(image, store, scratch, folder, new_rootfs=new_rootfs)
-        return finish(image, store, environment, scratch, folder, archive=archive)
+        yield scratch, Store.made(scratch / "store", image.epoch)
 
 
 def build_environment(image: Image, store: Store, scratch: Path, folder: Path, *, new_rootfs: bool = False) -> tuple[str, dict[str, str]]:
@@ -185,7 +193,7 @@ def keep(image: Image, store: Store, made: Made, scratch: Path, folder: Path, *,
     """Put the squashfs, the archive if wanted, and a note of what they are into `folder`, the note last."""
     name = f"coati-bench-{image.name}-{made.digest.removeprefix('sha256:')[:12]}"
     files = [folder / f"{name}.sqfs", *([folder / f"{name}.oci.tar"] if archive else [])]
-    store.write_squashfs(PACKAGE, scratch / files[0].name, "small" if image.cuda else "quick")
+    store.write_squashfs(PACKAGE, scratch / files[0].name, SMALL if image.cuda else QUICK)
     check_contents(image, scratch / files[0].name)
     if archive:
         store.write_archive(PACKAGE, image.name, scratch / files[1].name)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench.container.build import CUDA_SPACE, SPACE, build_environment, finish, image_folder
-from bench.container.buildah import Store
+from bench.container.build import build_environment, finish, image_folder, workshop
 from bench.container.images import Image, committed
 from bench.container.rootfs import ArchiveChangedError
-from bench.container.scratch import scratch_folder
 from bench.container.site import build_problems
-from bench.container.tools import missing_programs, require_space
+from bench.container.tools import missing_programs
 from bench.container.verify import compared
 from bench.errors import UserError
 
@@ -31,10 +29,7 @@ def check_environment(image: Image, *, cache: Path | None = None, keep: bool = F
     if missing:
         return f"{SKIPPED}{', '.join(missing)} missing, so the image {image.name} was not built"
     folder = image_folder(cache)
-    require_space(folder, SPACE.get(image.name, CUDA_SPACE))
-    folder.mkdir(parents=True, exist_ok=True)
-    with scratch_folder(folder) as scratch:
-        store = Store.made(scratch / "store", image.epoch)
+    with workshop(image, folder) as (scratch, store):
         try:
             digest, inputs = build_environment(image, store, scratch, folder)
         except ArchiveChangedError as error:

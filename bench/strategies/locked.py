@@ -11,15 +11,9 @@ from pathlib import Path
 from typing import Any
 
 SOURCE_TREE = Path(__file__).resolve().parents[2]
-ENVIRONMENTS = {
-    ("cpu.lock", "cpu-torch-cpu.lock"): None,
-    ("cuda.lock",): "13.0",
-    ("upstream.lock",): "12.4",
-    ("cpu.lock", "cpu-torch-cuda.lock"): "13.0",
-}
-"""Locks of envs/ that are installed together -> the CUDA of their torch."""
-ADDED = ("sdist.lock", "deepspeed.lock", "fabric.lock")
-"""Those that may come to any of them."""
+CPU_BY_CUDA = {"locks": ["cpu.lock", "cpu-torch-cuda.lock"], "sources": "sdist.lock", "cuda": "13.0"}
+"""An environment that no image has: `cpu` where pip finds no CPU build of its torch."""
+EXTRAS = ("deepspeed.lock", "fabric.lock")
 _LOCKED = re.compile(r"^([A-Za-z0-9._-]+)==(\S+)", re.MULTILINE)
 
 
@@ -48,8 +42,7 @@ def holds_kernels(image: str) -> bool:
 
 def locked_versions(image: str) -> dict[str, str]:
     """Package -> version in an image of containers/images.toml."""
-    item = _images()[image]
-    return _read((*item["locks"], item["sources"]))
+    return _read(_locks(_images()[image]))
 
 
 def not_locked(versions: Mapping[str, str | None]) -> dict[str, str]:
@@ -58,7 +51,8 @@ def not_locked(versions: Mapping[str, str | None]) -> dict[str, str]:
     >>> not_locked({"python": "3.11.2", "torch": "2.11.0", "transformers": "4.51.3", "peft": "0.1", "cuda": "13.0"})
     {'peft': '0.1, locked 0.13.2'}
     """
-    found = [(_other_than((*locks, *ADDED), versions), cuda != versions.get("cuda")) for locks, cuda in ENVIRONMENTS.items()]
+    environments = (*_images().values(), CPU_BY_CUDA)
+    found = [(_other_than((*_locks(it), *EXTRAS), versions), it.get("cuda") != versions.get("cuda")) for it in environments]
     return min(found, key=lambda pair: (len(pair[0]), pair[1]))[0]
 
 
@@ -66,6 +60,10 @@ def _other_than(locks: tuple[str, ...], versions: Mapping[str, str | None]) -> d
     locked = _read(locks)
     both = {package: (seen, locked[package]) for package, seen in sorted(versions.items()) if seen and package in locked}
     return {package: f"{seen}, locked {right}" for package, (seen, right) in both.items() if seen != right}
+
+
+def _locks(environment: Mapping[str, Any]) -> tuple[str, ...]:
+    return (*environment["locks"], environment["sources"])
 
 
 @cache

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.container.buildah import Store, as_oci_layout, bare_manifest, digest_of
+from bench.container.buildah import QUICK, Store, as_oci_layout, bare_manifest, digest_of
 from bench.container.engine import archive_manifest
 from bench.errors import MachineError
 
@@ -76,7 +76,7 @@ def test_the_same_files_give_the_same_image_in_two_stores(tmp_path: Path) -> Non
             store.build(context, "Containerfile", ["--tag", f"localhost/{name}"], {})
         except MachineError as error:
             pytest.skip(f"buildah does not work here: {error}")
-        store.write_squashfs(f"localhost/{name}", context / "x.sqfs", "quick")
+        store.write_squashfs(f"localhost/{name}", context / "x.sqfs", QUICK)
         store.write_archive(f"localhost/{name}", "x", context / "x.oci.tar")
         found.append((digest_of(store.manifest(f"localhost/{name}")), sha((context / "x.sqfs").read_bytes()),
                       sha((context / "x.oci.tar").read_bytes()), digest_of(archive_manifest(context / "x.oci.tar"))))  # fmt: skip

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from bench.cli import app
-from bench.container import check, site
+from bench.container import build, check, site
 from bench.container.images import image_named
 from bench.container.inputs import build_inputs
 from bench.container.rootfs import ArchiveChangedError
@@ -32,7 +32,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     monkeypatch.setattr(check, "committed", lambda _: {"digest": "sha256:right", "inputs": INPUTS})
     monkeypatch.setattr(check, "build_environment", build_environment)
     monkeypatch.setattr(check, "missing_programs", lambda *_: state["missing"])
-    monkeypatch.setattr(check, "require_space", lambda *_: None)
+    monkeypatch.setattr(build, "require_space", lambda *_: None)
     monkeypatch.setattr(check, "build_problems", list)
     return state
 
