@@ -23,6 +23,9 @@ SCHEMA = f"coati-bench/record/{SCHEMA_MAJOR}"
 Outcome = Literal["ok", "diverged", "oom", "timeout", "busy", "cancelled", "invalid", "error"]
 OUTCOMES: tuple[Outcome, ...] = ("ok", "diverged", "oom", "timeout", "busy", "cancelled", "invalid", "error")
 
+SIDE_BY_SIDE = "side by side"
+"""Flag: other trials may have run beside this one on the same devices."""
+
 EvidenceState = Literal["refuted", "shown", "not applicable"]
 EVIDENCE_STATES: tuple[EvidenceState, ...] = ("refuted", "shown", "not applicable")
 

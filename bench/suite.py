@@ -56,6 +56,8 @@ class Limits:
     """Longest silence of a rank."""
     rejected_share: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Largest share of malformed rows in a data file."""
+    side_by_side: Count = 1
+    """Trials of a block that run at once and share devices: quick for parity and evidence; above 1 no time or memory is claimed."""
 
 
 @dataclass(config=STRICT, frozen=True, slots=True, kw_only=True)

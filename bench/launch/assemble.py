@@ -13,7 +13,7 @@ from bench.launch.rank import node_path
 from bench.measure.node import scheduler_job
 from bench.measure.provenance import environment, machine, source, versions
 from bench.models.presets import PRESETS
-from bench.record import Part, Record
+from bench.record import SIDE_BY_SIDE, Part, Record
 from bench.strategies.base import all_strategies
 from bench.strategies.locked import not_locked
 from bench.trial import Trial
@@ -62,7 +62,7 @@ def assemble(
 
 
 def flags(trial: Trial, parts: list[Part]) -> list[str]:
-    """What a reader must know: switches of old semantics, settings that the strategy forced, missing ranks, too short a window."""
+    """What a reader must know: old semantics, forced settings, other trials beside it, missing ranks, too short a window."""
     cell = trial.parsed_cell
     found = [f"semantics: {switch}" for switch in cell.semantics_switches]
     if trial.overlay is not None:
@@ -70,6 +70,8 @@ def flags(trial: Trial, parts: list[Part]) -> list[str]:
     if (step := resumed_step(parts)) is not None:
         found.append(f"resumed: step {step}")
     found += [f"forced: {key}={value}" for key, value in sorted(all_strategies()[cell.strategy].forced_settings(cell).items())]
+    if trial.limits.side_by_side > 1:
+        found.append(SIDE_BY_SIDE)
     missing = sorted(set(range(cell.world_size)) - {part.rank for part in parts})
     if missing:
         found.append(f"missing ranks: {', '.join(map(str, missing))}")

@@ -1,19 +1,21 @@
 """Blocks: one repetition of a comparison set, in its order, on one allocation. Torch-free.
 
-A block can be killed at any point and run again: finished trials are kept, and the block's own file comes last.
+A block can be killed at any point and run again: finished trials are kept, and the block's own file comes last. Its trials run one
+after the other, or in as many lanes as `limits.side_by_side` says.
 """
 
 from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from bench.container.overlay import overlay_input
 from bench.errors import UserError
 from bench.launch.alone import alone
 from bench.launch.command import PROGRAM
 from bench.launch.inputs import data_inputs, forget_weights, image_input, kept_record, leave_failed_start, start_inputs
+from bench.launch.job import Launcher
+from bench.launch.lanes import in_lanes
 from bench.launch.parent import PRELOAD, ForkParent
 from bench.launch.progress import Line, describe
 from bench.launch.srun import agents_here
@@ -50,36 +52,46 @@ def run_block(
     with ExitStack() as stack:
         lock = stack.enter_context(alone(target))
         heard = stop or stack.enter_context(listening())
-        log = layout.root / "logs" / f"{block.block_id}-parent.log"
-        parent = stack.enter_context(ForkParent(log, program=program, preload=preload, search_path=search_path, keep=(lock,)))
+        logs = [layout.root / "logs" / f"{block.block_id}-parent{lane or ''}.log" for lane in range(plan.limits.side_by_side)]
+        parents = [
+            stack.enter_context(ForkParent(log, program=program, preload=preload, search_path=search_path, keep=(lock,))) for log in logs
+        ]
         agents = agents_here(block.nodes, program=program, search_path=search_path, keep=(lock,))
-        records, seen = [], []
-        for number, cell_id in enumerate(block.cells, 1):
-            title = f"[{number}/{len(block.cells)}] {describe(plan.cells[cell_id])}"
-            record = _run_one(plan, block, layout, cell_id, title, parent=parent, agents=agents, stop=heard)
-            if heard.asked:
-                print(f"interrupted by {heard.asked}; run it again to go on", flush=True)
-                return INTERRUPTED
-            seen.append(record)
-            path = layout.record(cell_id, block.trial).relative_to(layout.root)
-            records.append({"cell_id": cell_id, "trial": block.trial, "outcome": record.outcome, "path": str(path)})
-        nodes = [found.as_json() for found in allocations(seen)]
-        content = {"schema": BLOCK_SCHEMA, "block_id": block.block_id, "records": records, "allocations": nodes}
+
+        def run(number: int, parent: ForkParent) -> Record:
+            return _run_one(plan, block, layout, number, parent=parent, agents=agents, stop=heard)
+
+        seen = in_lanes(range(len(block.cells)), parents, run, heard)
+        if heard.asked:
+            print(f"interrupted by {heard.asked}; run it again to go on", flush=True)
+            return INTERRUPTED
+        content = {
+            "schema": BLOCK_SCHEMA, "block_id": block.block_id, "records": [_entry(record, block, layout) for record in seen],
+            "allocations": [found.as_json() for found in allocations(seen)],
+        }  # fmt: skip
         patiently(lambda: write_json(content, target), target, "the list of its records", heard.wait)
     return 0
 
 
-def _run_one(plan: Plan, block: Block, layout: Layout, cell_id: str, title: str, **launch: Any) -> Record:
+def _entry(record: Record, block: Block, layout: Layout) -> dict[str, object]:
+    path = layout.record(record.cell_id, block.trial).relative_to(layout.root)
+    return {"cell_id": record.cell_id, "trial": block.trial, "outcome": record.outcome, "path": str(path)}
+
+
+def _run_one(plan: Plan, block: Block, layout: Layout, number: int, *, parent: ForkParent, agents: Launcher, stop: Stop) -> Record:
     """The record of one trial of the block: the kept one, that of a failed start, or a new one."""
+    cell_id = block.cells[number]
     trial, problem = planned_trial(plan, block, layout, cell_id)
     saved = None if trial.save_to is None else Path(trial.save_to)
     path = layout.record(cell_id, block.trial)
-    with Line(title) as line:
+    title = f"[{number + 1}/{len(block.cells)}] {describe(plan.cells[cell_id])}"
+    with Line(title, alone=plan.limits.side_by_side == 1) as line:
         record = kept = kept_record(path, trial, saved)
         if record is None:
             if saved is not None:
                 forget_weights(saved)
-            record = leave_failed_start(trial, path, problem) if problem else run_trial(trial, path, **launch)
+            record = leave_failed_start(trial, path, problem) if problem else None
+            record = record or run_trial(trial, path, parent=parent, agents=agents, stop=stop)
         line.end(record.outcome, record.reason, kept=kept is not None)
     return record
 

@@ -11,13 +11,14 @@ from bench.cell import Cell
 
 
 class Line:
-    """One trial's line: its name at once where a terminal shows it, and how it ended at the end."""
+    """One trial's line: its name at once where a terminal shows it and it is `alone`, and how it ended at the end."""
 
-    def __init__(self, title: str) -> None:
+    def __init__(self, title: str, *, alone: bool = True) -> None:
         self._title, self._begin, self._ending = title, time.monotonic(), ""
+        self._at_once = alone and sys.stdout.isatty()
 
     def __enter__(self) -> Self:
-        if sys.stdout.isatty():
+        if self._at_once:
             print(f"{self._title} ... ", end="", flush=True)
         return self
 
@@ -28,7 +29,7 @@ class Line:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         text = self._ending or "stopped"
-        print(text if sys.stdout.isatty() else f"{self._title} ... {text}", flush=True)
+        print(text if self._at_once else f"{self._title} ... {text}", flush=True)
 
 
 def in_one_line(reason: str | None) -> str:

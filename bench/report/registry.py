@@ -8,7 +8,7 @@ from functools import cached_property, wraps
 from typing import Any, TypeVar, cast
 
 from bench.cell import SETTINGS, Cell
-from bench.record import Lap, Part, Record
+from bench.record import SIDE_BY_SIDE, Lap, Part, Record
 from bench.report.inventory import Row
 from bench.report.parity import NOTHING_TRAINED, trained_nothing
 from bench.report.windows import Window, cut_window, job_laps
@@ -156,6 +156,8 @@ class Trial:
             return "the nodes were simulated on one machine"
         if self.record.launcher == "fork":
             return f"ranks were started by {self.record.launcher}, which makes no timing claims"
+        if SIDE_BY_SIDE in self.record.flags:
+            return "other trials ran side by side with it"
         if self.record.resumed_step is not None:
             return "the trial was stopped and went on later"
         return None

@@ -93,6 +93,8 @@ def _smallest(found: Callable[[float], float], low: float = 0.0, high: float = _
 
 def families(plan: Plan) -> tuple[Family, ...]:
     """The families of a plan in which times will be compared: `naive` is there, and the strategies make timing claims."""
+    if plan.limits.side_by_side > 1:
+        return ()
     groups: dict[str, list[Cell]] = defaultdict(list)
     for cell in plan.cells.values():
         groups[comparison_key(cell)].append(cell)
@@ -118,7 +120,7 @@ def sample_size_lines(plan: Plan, measured: Sequence[Spread] = ()) -> list[str]:
     """
     found = Counter((family.cell.stage, family.comparisons) for family in families(plan))
     if not found:
-        return ["Claims: none; no naive cell and strategy of one setting are both timed (fork and emulation make no timing claims)."]
+        return ["Claims: none; no naive cell and strategy of one setting are both timed (fork, emulation, side_by_side: no timing claims)."]
     return [_line(stage, comparisons, count, plan.trials, measured) for (stage, comparisons), count in found.items()]
 
 

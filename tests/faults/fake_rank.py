@@ -73,6 +73,16 @@ def slow_work(trial: Trial, rank: int) -> int:
     return work(trial, rank)
 
 
+def meet(trial: Trial, rank: int) -> int:
+    """Work, once another trial of the suite is at work as well."""
+    (Path(trial.work) / "here").touch()
+    for _ in range(1200):
+        if len(list(Path(trial.work).parents[1].glob("*/*/here"))) > 1:
+            return work(trial, rank)
+        time.sleep(0.05)
+    return 1
+
+
 def hang(trial: Trial, rank: int) -> int:
     beat(trial, rank, "train", 7)
     time.sleep(600)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,10 @@ from bench.data.fetch import fetch_for_suite
 from bench.errors import UserError
 from bench.launch.block import run_block, run_warm
 from bench.launch.single import run_single
+from bench.launch.watch import Stop
 from bench.layout import Layout
 from bench.matrix import load_plan, make_plan, save_plan
-from bench.record import load_record, write_json
+from bench.record import SIDE_BY_SIDE, load_record, write_json
 
 HERE = (str(Path(__file__).parent),)
 FAKE = {"program": "fake_rank", "search_path": HERE}
@@ -27,17 +29,17 @@ suite: small
 axes: {stage: [sft, rm], model: [bloom-tiny], strategy: [naive, ddp]}
 settings: {device: cpu, launcher: fork, precision: fp32, warm_start: WARM}
 stages: {sft: {steps: 4}, rm: {steps: 4}}
-limits: {timeout_seconds: 120, heartbeat_seconds: 60}
+limits: {timeout_seconds: 120, heartbeat_seconds: 60, side_by_side: LANES}
 """
 
 
 class Results:
     """A planned suite of two blocks, sft and rm, with its data; the tokenizer is a stand-in."""
 
-    def __init__(self, folder: Path, warm_start: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, folder: Path, warm_start: str, monkeypatch: pytest.MonkeyPatch, lanes: int = 1) -> None:
         monkeypatch.chdir(folder)
         suite = folder / "small.yaml"
-        suite.write_text(SUITE.replace("WARM", warm_start))
+        suite.write_text(SUITE.replace("WARM", warm_start).replace("LANES", str(lanes)))
         self.layout = Layout(folder / "results" / "small")
         save_plan(make_plan(suite), self.layout.plan)
         self.plan = load_plan(self.layout.plan)
@@ -78,6 +80,11 @@ def shared(tmp_path, monkeypatch):
 @pytest.fixture
 def chained(tmp_path, monkeypatch):
     return Results(tmp_path, "chain", monkeypatch)
+
+
+@pytest.fixture
+def side_by_side(tmp_path, monkeypatch):
+    return Results(tmp_path, "shared", monkeypatch, lanes=2)
 
 
 def block_program(target: Path) -> str:
@@ -162,6 +169,35 @@ def test_an_interrupted_block_exits_130_and_leaves_neither_block_file_nor_record
     assert not shared.target("sft").exists()
     assert not shared.layout.record(block.cells[0], 0).exists()
     assert load_record(work / "cancelled.json").outcome == "cancelled"
+
+
+def test_trials_side_by_side_run_at_once_and_their_records_say_so(side_by_side, capsys):
+    side_by_side.behave({"sft naive": {"0": "meet"}, "sft ddp": {"0": "meet"}})
+    assert side_by_side.run("sft") == 0
+    content = json.loads(side_by_side.target("sft").read_text())
+    block = next(block for block in side_by_side.plan.blocks if block.stage == "sft")
+    assert [item["cell_id"] for item in content["records"]] == list(block.cells)
+    records = [load_record(side_by_side.layout.root / item["path"]) for item in content["records"]]
+    assert [(record.outcome, SIDE_BY_SIDE in record.flags) for record in records] == [("ok", True)] * 2
+    assert sorted(line.split(" ... ok")[0][6:] for line in capsys.readouterr().out.splitlines()) == [
+        "sft bloom-tiny ddp full 1x1", "sft bloom-tiny naive full 1x1"
+    ]  # fmt: skip
+
+
+def test_an_interrupt_ends_all_lanes(side_by_side, wait_until):
+    side_by_side.behave({"sft naive": {"0": "hang"}, "sft ddp": {"0": "hang"}})
+    stop = Stop()
+    waiter = threading.Thread(
+        target=lambda: (
+            wait_until(lambda: len(list(side_by_side.layout.root.glob("logs/*/*/heartbeat0.json"))) == 2, 60),
+            stop.ask("SIGTERM"),
+        )
+    )
+    waiter.start()
+    assert run_block(side_by_side.target("sft"), preload=(), stop=stop, **FAKE) == 130
+    waiter.join()
+    assert not side_by_side.target("sft").exists()
+    assert not list(side_by_side.layout.records.glob("*/*.json"))
 
 
 def test_a_block_whose_warm_start_was_never_made_says_how_to_make_it(shared):

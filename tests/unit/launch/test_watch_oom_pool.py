@@ -72,8 +72,11 @@ def test_the_kernels_counter_can_be_read_here():
 
 
 class FakeDevice:
-    def __init__(self, uuid, problem=None):
-        self.uuid, self.problem = uuid, problem
+    def __init__(self, uuid, problem=None, used=0):
+        self.uuid, self.problem, self.used = uuid, problem, used
+
+    def used_bytes(self):
+        return self.used
 
     def busy(self):
         return self.problem
@@ -98,6 +101,17 @@ def test_no_device_is_handed_out_twice_at_a_time(pool):
             pass
     with hold(3) as all_of_them:
         assert len(all_of_them) == 3
+
+
+def test_trials_that_share_take_the_emptiest_devices_busy_or_not_and_keep_measured_trials_away(pool):
+    devices, hold = pool
+    devices[0].used, devices[1].problem = 5 << 30, "device GPU-b is in use by process 17"
+    with hold(2, shared=True) as first, hold(2, shared=True) as second:
+        assert uuids(first) == uuids(second) == ["GPU-b", "GPU-c"]
+        with pytest.raises(BusyError, match="device GPU-c is held by another trial"), hold(2):
+            pass
+    with hold(1), pytest.raises(BusyError, match="device GPU-a is held by another trial"), hold(3, shared=True):
+        pass
 
 
 def test_a_busy_device_is_passed_over_and_waited_for(pool):

@@ -19,6 +19,9 @@ from bench.measure import provenance
     [
         ("NCCL_SOCKET_IFNAME", True),
         ("OMP_NUM_THREADS", True),
+        ("NCCL_NVLS_ENABLE", True),
+        ("TORCH_SYMM_MEM_DISABLE_MULTICAST", True),
+        ("NVSHMEM_DISABLE_NVLS", True),
         ("PYTORCH_CUDA_ALLOC_CONF", True),
         ("CUDA_VISIBLE_DEVICES", True),
         ("SLURM_JOB_ID", True),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -92,3 +93,10 @@ def test_forked_and_emulated_cells_and_those_without_naive_are_no_family(tmp_pat
     [full, adapters] = families(plan_of(tmp_path, device="cpu", strategies="naive, ddp, zero2"))
     assert (full.comparisons, adapters.comparisons) == (1, 1)  # zero2 is emulated on a CPU
     assert sample_size_lines(forked)[0].startswith("Claims: none;")
+
+
+def test_trials_side_by_side_are_no_family(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path)
+    beside = dataclasses.replace(plan, limits=dataclasses.replace(plan.limits, side_by_side=4))
+    assert families(plan)
+    assert families(beside) == ()
