@@ -121,7 +121,7 @@ class Agents:
             for node, line in enumerate(self._lines(cell, trial_file, port)):
                 mine = devices[node * cell.processes_per_node : (node + 1) * cell.processes_per_node]
                 log = agent_log(trial, node)
-                entered = contained(line, trial, self._environment(cell, mine), node=node, seat=Seat(name, node, cell.nodes))
+                entered = contained(line, trial, self._environment(trial, mine), node=node, seat=Seat(name, node, cell.nodes))
                 job.add(start_guarded(entered, log, self._keep), log, inside_note(trial, node))
         except OSError as error:
             job.end()
@@ -132,9 +132,9 @@ class Agents:
         ranks = rank_command(trial_file, self._program)
         return [[*self._prefix, *agent_line(cell, node, ranks, port=port)] for node in range(cell.nodes)]
 
-    def _environment(self, cell: Cell, devices: Sequence[str]) -> dict[str, str]:
+    def _environment(self, trial: Trial, devices: Sequence[str]) -> dict[str, str]:
         extra = {"GLOO_SOCKET_IFNAME": "lo", **self._variables, **visible_devices(devices)}
-        return rank_environment(extra, self._search_path, threads=host_threads(cell, simulated_nodes=True))
+        return rank_environment(extra, self._search_path, threads=host_threads(trial, simulated_nodes=True))
 
 
 def start_guarded(entered: Entered, log: Path, keep: tuple[int, ...], hand_on: tuple[int, ...] = ()) -> Guarded:

@@ -6,8 +6,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from bench.cell import Cell
 from bench.measure.provenance import is_recorded
+from bench.trial import Trial
 
 SOURCE_TREE = Path(__file__).resolve().parents[2]
 
@@ -39,15 +39,16 @@ FIXED = {
 """No network, output at once; the libraries that torch multiplies matrices with on a CPU have one thread."""
 
 
-def host_threads(cell: Cell, simulated_nodes: bool = False) -> int:
+def host_threads(trial: Trial, simulated_nodes: bool = False) -> int:
     """OpenMP threads of a rank: beside a GPU its share of this machine's cores, since optimizers in host memory step on them.
 
     On a CPU it is one: there sums in another order would be other losses. `simulated_nodes`: all nodes' ranks are on this machine.
     """
+    cell = trial.parsed_cell
     if cell.settings.device != "cuda":
         return 1
     ranks = cell.world_size if simulated_nodes else cell.processes_per_node
-    return max(1, len(os.sched_getaffinity(0)) // ranks)
+    return max(1, len(os.sched_getaffinity(0)) // (ranks * trial.limits.side_by_side))
 
 
 def rank_environment(extra: Mapping[str, str] | None = None, search_path: tuple[str, ...] = (), *, threads: int = 1) -> dict[str, str]:

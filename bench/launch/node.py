@@ -50,7 +50,7 @@ def start_agent(
     if trial.parsed_cell.settings.device == "cuda":
         break_stale_locks()
     line = node_line(trial, trial_file, meeting, program)
-    environment = agent_environment(meeting.address, devices, search_path, threads=host_threads(trial.parsed_cell))
+    environment = agent_environment(meeting.address, devices, search_path, threads=host_threads(trial))
     entered = contained(line, trial, environment, node=meeting.node)
     return start_guarded(entered, agent_log(trial, meeting.node), keep)
 

@@ -81,7 +81,7 @@ class SrunAgents:
 
     def _environment(self, trial: Trial) -> dict[str, str]:
         kept = {CONFIGURATION: os.environ[CONFIGURATION]} if CONFIGURATION in os.environ else {}
-        return rank_environment(kept, self._search_path, threads=host_threads(trial.parsed_cell))
+        return rank_environment(kept, self._search_path, threads=host_threads(trial))
 
 
 class SrunJob(AgentsJob):

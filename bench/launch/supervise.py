@@ -78,7 +78,7 @@ def run_trial(
             if not tried.verdict.incident or heard.wait(attempt):
                 break
         trial_file = Path(trial.work) / "trial.json"
-        variables = rank_environment(threads=host_threads(trial.parsed_cell, launcher.simulated_nodes(trial)))
+        variables = rank_environment(threads=host_threads(trial, launcher.simulated_nodes(trial)))
         command = launcher.command(trial, trial_file)
         provenance = make_provenance(trial, command=command, variables=variables, started=started, ended=utc_now())
         if heard.asked:

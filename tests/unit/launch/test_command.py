@@ -13,6 +13,7 @@ from bench.launch.environment import SOURCE_TREE, host_threads, rank_environment
 from bench.launch.node import agent_environment
 from bench.launch.parent import rank_variables
 from bench.launch.srun import SrunAgents
+from bench.suite import Limits
 from bench.trial import make_trial
 
 
@@ -82,14 +83,17 @@ def test_the_users_number_of_threads_wins(monkeypatch, user, expected):
 
 
 @pytest.mark.parametrize(
-    ("device", "nodes", "processes", "simulated", "threads"),
-    [("cuda", 1, 1, False, 16), ("cuda", 1, 4, False, 4), ("cuda", 2, 4, False, 4), ("cuda", 2, 4, True, 2), ("cuda", 1, 32, False, 1),
-     ("cpu", 1, 1, False, 1), ("cpu", 2, 2, True, 1)],
+    ("device", "nodes", "processes", "simulated", "lanes", "threads"),
+    [("cuda", 1, 1, False, 1, 16), ("cuda", 1, 4, False, 1, 4), ("cuda", 2, 4, False, 1, 4), ("cuda", 2, 4, True, 1, 2),
+     ("cuda", 1, 32, False, 1, 1), ("cuda", 1, 2, False, 4, 2), ("cpu", 1, 1, False, 1, 1), ("cpu", 2, 2, True, 1, 1)],
 )  # fmt: skip
-def test_ranks_share_the_cores_beside_gpus_and_have_one_thread_on_a_cpu(monkeypatch, device, nodes, processes, simulated, threads):
+def test_ranks_share_the_cores_beside_gpus_and_have_one_thread_on_a_cpu(
+    monkeypatch, tmp_path, device, nodes, processes, simulated, lanes, threads
+):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)))
     made = cell_from_json({**cell_to_json(cell(nodes, processes)), "device": device, "launcher": "torchrun"})
-    assert host_threads(made, simulated) == threads
+    trial = make_trial(made, 0, work=str(tmp_path), limits=Limits(side_by_side=lanes))
+    assert host_threads(trial, simulated) == threads
 
 
 def test_agents_hand_the_threads_on(monkeypatch, tmp_path):
@@ -97,7 +101,7 @@ def test_agents_hand_the_threads_on(monkeypatch, tmp_path):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)))
     made = cell_from_json({**cell_to_json(cell(1, 4)), "device": "cuda", "launcher": "torchrun"})
     trial = make_trial(made, 0, work=str(tmp_path))
-    assert Agents()._environment(made, ())["OMP_NUM_THREADS"] == SrunAgents("7")._environment(trial)["OMP_NUM_THREADS"] == "4"
+    assert Agents()._environment(trial, ())["OMP_NUM_THREADS"] == SrunAgents("7")._environment(trial)["OMP_NUM_THREADS"] == "4"
     assert agent_environment("127.0.0.1", (), (), threads=4)["OMP_NUM_THREADS"] == "4"
 
 
