@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -33,7 +34,7 @@ def hold_devices(
     devices: Callable[[], list[Device]] = all_devices, folder: Path | None = None,
 ) -> Iterator[list[Device]]:  # fmt: skip
     """Lock `count` idle devices for the context, waiting for them. `stopped(pause)` sleeps and says whether to give up.
-    `shared`: others that share may hold them too, and they need not be idle; those with most memory left come first.
+    `shared`: others that share may hold them too, and they need not be idle; those with least memory in use are taken.
     Raises BusyError or LackingError.
 
     The lock is an flock on a file for each device, shared by all users of the machine; it goes when this process ends.
@@ -58,12 +59,17 @@ def _take(count: int, devices: list[Device], folder: Path, locks: ExitStack, *, 
         raise LackingError(f"{count} devices are needed on this machine; seen: {len(devices)}" + (f" ({reason})" if reason else ""))
     held: list[Device] = []
     problems: list[str] = []
-    for device in sorted(devices, key=lambda device: device.used_bytes() or 0) if shared else devices:
+    for device in _emptiest_first(devices) if shared else devices:
         if len(held) < count and (problem := _lock(device, folder, locks, shared=shared) or (None if shared else device.busy())):
             problems.append(problem)
         elif len(held) < count:
             held.append(device)
     return held, None if len(held) == count else "; ".join(problems)
+
+
+def _emptiest_first(devices: list[Device]) -> list[Device]:
+    """By whole GiB in use, and at random among equals: trials that begin at once should not all take the same."""
+    return sorted(devices, key=lambda device: ((device.used_bytes() or 0) >> 30, random.random()))
 
 
 def _lock(device: Device, folder: Path, locks: ExitStack, *, shared: bool) -> str | None:
