@@ -131,6 +131,19 @@ class DeepSpeedZeroEngine(Engine):
         return found if first else None
 
 
+def ask_torch_for_memory(accelerator: type) -> None:
+    """Let an accelerator of DeepSpeed's say what is free on a device known by its UUID.
+
+    To ask NVML it takes CUDA_VISIBLE_DEVICES for numbers, and UUIDs are a ValueError (0.19.8, cuda_accelerator.py, `_get_nvml_gpu_id`).
+    """
+    import torch
+
+    def available_memory(self: object, device_index: int | None = None) -> int:  # noqa: ARG001 (a method of theirs)
+        return int(torch.cuda.mem_get_info(device_index)[0])
+
+    accelerator.available_memory = available_memory  # type: ignore[attr-defined]
+
+
 def plain(item: object) -> dict[str, Any]:
     """The numbers among the attributes of an object."""
     return {name: value for name, value in vars(item).items() if isinstance(value, (bool, int, float))}
@@ -168,6 +181,8 @@ class DeepSpeedZero(Strategy):
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         if device.type == "cpu":
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if device.type == "cuda":
+            ask_torch_for_memory(type(get_accelerator()))
         if self.emulated(cell):
             type(get_accelerator()).is_fp16_supported = lambda _: True
         deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False)

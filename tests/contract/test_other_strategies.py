@@ -61,6 +61,15 @@ def test_a_stage_on_two_ranks_is_that_of_naive(run, strategy, stage, lora_rank):
     assert seen.facts["initial_weights_sha256"] == naive.facts["initial_weights_sha256"]
 
 
+@pytest.mark.parametrize("stage", SIZES)
+def test_adapters_so_small_that_zero3_keeps_them_gathered_are_in_shares_all_the_same(run, stage):
+    """As those of every larger model are: below `stage3_param_persistence_threshold`."""
+    checks = run(stage, "deepspeed_zero3", 2, micro_batch=2, lora_rank=1).evidence.checks
+    found = {(check.model, check.what): check.state for check in checks}
+    assert {state for (_, what), state in found.items() if what == "parameters"} == {"shown"}
+    assert "refuted" not in found.values()
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("lora_rank", [0, 8])
 @pytest.mark.parametrize("ranks", [1, 4])

@@ -15,6 +15,10 @@ SCALES = ("SCB", "CB", "quant_state")
 """Where bitsandbytes keeps the scales of 8- and 4-bit weights: attributes of the parameters. They are fp32, but no masters."""
 
 
+PARTITION = "ds_tensor"
+"""Where DeepSpeed's ZeRO-3 keeps this rank's share of a parameter: an attribute of it."""
+
+
 class Engine(Protocol):
     """What evidence needs of an engine (`bench.strategies.base.Engine`)."""
 
@@ -75,8 +79,12 @@ class Holdings:
         }
 
     def own(self, *, trainable: bool) -> dict[str, Tensor]:
-        """Parameters of the module that are there, by name."""
-        return {name: tensor for name, tensor in self._own(trainable=trainable).items() if tensor.untyped_storage().nbytes()}
+        """Parameters of the module that are there, by name.
+
+        Not those that lie in DeepSpeed's partitions: what is whole of them is for use, and may stay there until it is used again.
+        """
+        there = {name: tensor for name, tensor in self._own(trainable=trainable).items() if tensor.untyped_storage().nbytes()}
+        return {name: tensor for name, tensor in there.items() if not hasattr(self.names[name], PARTITION)}
 
     def weights(self) -> dict[str, Tensor]:
         """Everything trainable that forward passes read, as this rank holds it."""
@@ -132,9 +140,9 @@ class Holdings:
 def _partitions(parameters: Iterable[Tensor], *, trainable: bool) -> list[Slot]:
     """Where DeepSpeed's ZeRO-3 keeps this rank's shares of the parameters; nothing under any other framework."""
     return [
-        Slot(vars(parameter), "ds_tensor")
+        Slot(vars(parameter), PARTITION)
         for parameter in parameters
-        if parameter.requires_grad == trainable and hasattr(parameter, "ds_tensor")
+        if parameter.requires_grad == trainable and hasattr(parameter, PARTITION)
     ]
 
 

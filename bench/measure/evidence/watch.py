@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bench.cell import Cell
-from bench.measure.evidence.holdings import Engine, Holdings
+from bench.measure.evidence.holdings import PARTITION, Engine, Holdings
 from bench.measure.evidence.judge import Declared, Seen, Share, judge
 from bench.measure.evidence.trace import ModelTrace, tracing
 from bench.measure.evidence.walk import digests, local, samples
@@ -74,7 +74,7 @@ class Frozen:
 
     def read(self) -> list[int]:
         """Digests of what this rank holds; of a parameter in DeepSpeed's partitions this rank's, whether it is gathered just now or not."""
-        return digests(local(vars(parameter).get("ds_tensor", parameter)) for parameter in self.module.parameters())
+        return digests(local(vars(parameter).get(PARTITION, parameter)) for parameter in self.module.parameters())
 
 
 class Beside:

@@ -126,6 +126,20 @@ def test_shards_masters_and_frozen_parameters_are_told_apart() -> None:
     assert not holdings.masters_are_parameters
 
 
+def test_what_deepspeed_has_gathered_for_use_is_no_more_than_its_share() -> None:
+    class Partitioned:
+        module = nn.Linear(4, 4).bfloat16()
+
+        def gradient_shares(self) -> None:
+            return None
+
+    for parameter in Partitioned.module.parameters():
+        vars(parameter)["ds_tensor"] = parameter.data.reshape(-1)[: parameter.numel() // 2].clone()
+    assert Holdings(Partitioned(), "bf16-master", CPU).parameters() == Amount(20, 10)  # type: ignore[arg-type]
+    Partitioned.module.requires_grad_(False)
+    assert Holdings(Partitioned(), "bf16-master", CPU).frozen() == Amount(20, 10)  # type: ignore[arg-type]
+
+
 def test_scales_of_quantised_weights_are_no_masters() -> None:
     class Engine(Chunked):
         """Its frozen weights have fp32 scales beside them, as bitsandbytes keeps them."""
