@@ -4,11 +4,12 @@ States (`bench.needs`) are always there. On top of them comes the largest of som
 
 * the loss of a micro-batch: what its layers keep for the backward pass, its logits with their gradient; and the gradients, if an
   earlier micro-step of the same step has left them there;
-* the optimizer step: all gradients, their fp32 copies in modes with master weights, and what AdamW computes beside them;
+* the optimizer step: all gradients, their fp32 copies in modes with master weights, and what AdamW computes beside them, tensor by
+  tensor;
 * PPO: also scoring (logits without gradient) and the rollout (key-value cache, logits of one position, the draw).
 
-Left out: buffers of communication, chunks and layers gathered one by one, the workspaces of matrix products (64 MiB on an H100),
-and fragmentation.
+Left out: buffers of communication that come and go, chunks and layers gathered one by one, the workspaces of matrix products (64 MiB
+on an H100), and fragmentation.
 """
 
 from __future__ import annotations
@@ -86,12 +87,10 @@ class _Plan:
         held = {role: slice_of(model, cell, stage) for role, model in models.items()}
         return cls(cell=cell, shape=shape, strategy=all_strategies()[cell.strategy], models=models, held=held)
 
-    def states(self, *, gradients_of: str | None = None) -> int:
-        """Bytes of weights and optimizer states of all models on the device, and of the gradients of one.
-
-        Gemini's chunks of accumulated gradients are never given back, so those of all models count.
+    def states(self, *, gradients_of: str | None = None, stepping: bool = False) -> int:
+        """Bytes of weights and optimizer states of all models on the device, of the gradients of one, which may be stepping, and of what is
+        always there.
         """
-        always = self.strategy.uses_colossalai and "parameters" in self.strategy.sharded and self.cell.accumulation > 1
         found = 0
         in_host = getattr(self.cell.settings, "frozen_placement", "device") == "host"
         for role, model in self.models.items():
@@ -101,9 +100,20 @@ class _Plan:
             weights, gradients, optimizer = model_states(model, self.cell, held)
             frozen = frozen_share_bytes(model, self.cell, held)
             there = {"frozen": frozen, "parameters": weights - frozen, "optimizer": optimizer}
-            there |= {"gradients": gradients} if always or role == gradients_of else {}
+            there["gradients"] = gradients * self._times_gradients(trains=role == gradients_of, stepping=stepping)
             found += sum(size for what, size in there.items() if what not in self.strategy.offloaded)
+            found += self.strategy.reserved_elements(0 if model.frozen else held.trainable) * WEIGHT_BYTES[self.cell.settings.precision]
         return found
+
+    def _times_gradients(self, *, trains: bool, stepping: bool) -> int:
+        """How often the gradients of a model, in its storage type, are there. Gemini's chunks of accumulated ones are never given back."""
+        strategy = self.strategy
+        if strategy.keeps_buckets:
+            return 2 if trains and not stepping else 1
+        if stepping and strategy.spends_gradients and self.cell.settings.precision in MASTER_MODES:
+            return 0
+        always = strategy.uses_colossalai and "parameters" in strategy.sharded and self.cell.accumulation > 1
+        return 1 if always or trains else 0
 
     def kept(self, role: str, work: Sequences) -> float:
         """What the layers of a model here keep of a forward pass over `work`."""
@@ -129,7 +139,14 @@ class _Plan:
         size = held.trainable * WEIGHT_BYTES[self.cell.settings.precision] if "parameters" in sharded else 0
         size += frozen_bytes(model, self.cell, held) if "frozen" in sharded else 0
         whole = size * self.strategy.gathered_share(elements, self.cell.data_parallel_size) if elements else 0.0
-        return whole + self._fetched_bytes(model)
+        return max(whole, self._root_bytes(model)) + self._fetched_bytes(model)
+
+    def _root_bytes(self, model: Network) -> float:
+        """The embeddings, and a head of its own, where they are gathered as long as the model computes."""
+        if not self.strategy.gathers_root:
+            return 0.0
+        weights = 1 if model.scalar_head or self.shape.tied else 2
+        return float(weights * self.shape.head_parameters * CACHE_BYTES[self.cell.settings.precision])
 
     def _fetched_bytes(self, model: Network) -> float:
         """The head of a model that trains in host memory, which is on the device while logits are computed."""
@@ -144,17 +161,19 @@ class _Plan:
         return sum(self.gathered_bytes(other) for other, model in self.models.items() if other != role and not model.frozen)
 
     def step_bytes(self, role: str) -> float:
-        """What an optimizer step makes beside its states: fp32 copies of 16-bit gradients, where parameters are whole, and AdamW's
-        square roots of all second moments at once, if it is torch's plain one.
+        """What an optimizer step makes beside its states: fp32 copies of 16-bit gradients, and AdamW's square root of the second moments of
+        one tensor, twice, if it is torch's plain one.
         """
         if "optimizer" in self.strategy.offloaded:
             return 0.0
         settings = self.cell.settings
-        elements = -(-self.held[role].trainable // (self.cell.data_parallel_size if "optimizer" in self.strategy.sharded else 1))
-        copies = 4 if settings.precision in MASTER_MODES and "parameters" not in self.strategy.sharded else 0
+        held, shares = self.held[role], self.cell.data_parallel_size if "optimizer" in self.strategy.sharded else 1
+        elements = -(-held.trainable // shares)
+        copies = 4 if settings.precision in MASTER_MODES and self.strategy.copies_gradients else 0
+        largest = min(held.trainable, self.models[role].largest_update // held.ways) / shares
         optimizer = self.strategy.forced_settings(self.cell).get("optimizer", settings.optimizer)
         roots = (2 if settings.precision == "bf16-pure" else 4) if optimizer == "adamw" else 0
-        return float(elements * (copies + roots))
+        return elements * copies + 2 * roots * (elements if self.strategy.flat_updates else largest)
 
 
 def _training(plan: _Plan, role: str, work: Sequences, heads: float, beside: float = 0.0) -> Iterator[Moment]:
@@ -166,7 +185,9 @@ def _training(plan: _Plan, role: str, work: Sequences, heads: float, beside: flo
     work_bytes = held.in_flight * plan.kept(role, work) + loss + beside + plan.gathered_bytes(role) + left
     earlier = role if plan.cell.accumulation > 1 else None
     yield Moment(name=f"loss of the {role}", state_bytes=plan.states(gradients_of=earlier), work_bytes=work_bytes)
-    yield Moment(name=f"step of the {role}", state_bytes=plan.states(gradients_of=role), work_bytes=plan.step_bytes(role) + left)
+    yield Moment(
+        name=f"step of the {role}", state_bytes=plan.states(gradients_of=role, stepping=True), work_bytes=plan.step_bytes(role) + left
+    )
 
 
 def _ppo_moments(plan: _Plan, settings: PpoSettings, ptx: Sequences, ptx_positions: float) -> Iterator[Moment]:

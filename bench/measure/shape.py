@@ -134,6 +134,13 @@ class Network:
         return own + self.shape.hidden - (0 if self.shape.tied else self.shape.head_parameters)
 
     @property
+    def largest_update(self) -> int:
+        """Parameters of the largest tensor that trains: an embedding as a rule, with adapters one of their matrices."""
+        if self.lora_rank:
+            return self.lora_rank * max(max(matrix) for matrix in self.shape.matrices)
+        return max(self.shape.head_parameters, *(matrix.parameters for matrix in self.shape.matrices))
+
+    @property
     def head_trains(self) -> bool:
         """A scalar head trains beside adapters; a language-model head is frozen under them."""
         return not self.frozen and (self.lora_rank == 0 or self.scalar_head)

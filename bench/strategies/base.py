@@ -119,6 +119,16 @@ class Strategy(ABC):
     """Whether what `gathered_share` tells of is still there after a forward pass without gradients, of a model that trains."""
     gathers_frozen: ClassVar[bool] = False
     """Whether `gathered_share` holds for models that are only read, too."""
+    gathers_root: ClassVar[bool] = False
+    """Whether what lies outside of the layers (embeddings, an untied head) is whole from forward to backward pass, beside its shards."""
+    copies_gradients: ClassVar[bool] = True
+    """Whether a step in a mode with masters copies all of a rank's 16-bit gradients to fp32 at once."""
+    spends_gradients: ClassVar[bool] = False
+    """Whether those 16-bit gradients are gone once they are copied."""
+    keeps_buckets: ClassVar[bool] = False
+    """Whether room for all gradients of every model is always there, in which the last micro-step's lie (DDP's buckets)."""
+    flat_updates: ClassVar[bool] = False
+    """Whether the optimizer updates what a rank holds as one tensor, not parameter by parameter."""
     requires: ClassVar[tuple[Requirement, ...]] = ()
     """Packages and versions without which no cell can run."""
     model_parallel: ClassVar[bool] = False
@@ -178,6 +188,10 @@ class Strategy(ABC):
         at the end of a forward pass and until the backward pass. One unit of gathering (a layer, a chunk) counts as nothing.
         """
         return 0.0
+
+    def reserved_elements(self, trainable: int) -> int:  # noqa: ARG002 (for those that reserve some)
+        """Elements of a model's storage type that are always there for communication, where so many parameters of it train."""
+        return 0
 
     def emulated(self, cell: Cell) -> bool:
         """Whether it runs on a CPU only behind stand-ins, so that its times and memory mean nothing."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bench.cell import Cell
 from bench.strategies.base import Engine, Strategy
@@ -25,26 +25,15 @@ class DdpEngine(ReplicatedEngine):
         super().__init__(module, cell, learning_rate=learning_rate)
         devices = [device] if device.type == "cuda" else None
         self._ddp = DistributedDataParallel(module, device_ids=devices, gradient_as_bucket_view=True)
-        defer_reduction(self._ddp)
+        synchronise_when_armed(self._ddp)
         self.module = self._ddp
         self._ranks = dist.get_world_size()
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """See `Engine.backward`. Only the last micro-step synchronises; DDP averages, so the loss is multiplied by the ranks."""
         if last:
-            arm_reduction(self._ddp)
+            arm(self._ddp)
         super().backward(loss * self._ranks, last=last)
-
-
-def defer_reduction(ddp: Any) -> None:
-    """As inside `no_sync()`, for every forward pass: whether a micro-step is the last is known only at its backward pass."""
-    ddp.require_backward_grad_sync = ddp.require_forward_param_sync = False
-
-
-def arm_reduction(ddp: Any) -> None:
-    """What DDP's forward does outside `no_sync()`: arm the hooks that reduce each bucket as it fills."""
-    ddp.reducer.prepare_for_forward()
-    ddp.reducer.prepare_for_backward([])
 
 
 def synchronise_when_armed(ddp: DistributedDataParallel) -> None:
@@ -63,6 +52,7 @@ class Ddp(Strategy):
 
     name = "ddp"
     precisions = frozenset({"fp32", "bf16-pure", "bf16-master", "bf16-autocast", "fp16-master"})
+    keeps_buckets = True
     quantises = True
     description = "torch DistributedDataParallel: model and optimizer whole on every rank"
 

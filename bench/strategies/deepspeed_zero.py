@@ -46,8 +46,9 @@ PERSISTENT = 100_000
 
 def configuration(module: nn.Module, cell: Cell, *, stage: int) -> dict[str, Any]:
     """DeepSpeed's configuration of one model. All that is not named is at DeepSpeed's defaults."""
-    elements = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in module.parameters())
-    bucket = min(LARGEST_BUCKET, elements)
+    sizes = [(parameter, getattr(parameter, "ds_numel", parameter.numel())) for parameter in module.parameters()]
+    elements = sum(size for _, size in sizes)
+    bucket = min(LARGEST_BUCKET, sum(size for parameter, size in sizes if parameter.requires_grad) or elements)
     return {
         "train_micro_batch_size_per_gpu": cell.settings.micro_batch,
         "gradient_accumulation_steps": cell.accumulation,
@@ -154,6 +155,7 @@ class DeepSpeedZero(Strategy):
 
     precisions = frozenset(PRECISION)
     requires = (Requirement("deepspeed", "0.19", extra="deepspeed"),)
+    flat_updates = True
     stage: ClassVar[int]
     engine: ClassVar[type[DeepSpeedZeroEngine]] = DeepSpeedZeroEngine
 

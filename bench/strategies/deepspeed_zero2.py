@@ -12,3 +12,4 @@ class DeepSpeedZero2(DeepSpeedZero):
     stage = 2
     description = "DeepSpeed ZeRO stage 2: gradients and optimizer states in shards"
     sharded = frozenset({"gradients", "optimizer"})
+    spends_gradients = True

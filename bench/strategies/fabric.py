@@ -65,6 +65,7 @@ class FabricStrategy(Strategy):
 
     name = "fabric"
     precisions = frozenset(PRECISION)
+    keeps_buckets = True
     description = "Lightning Fabric's DDP strategy: model and optimizer whole on every rank"
     requires = (Requirement("lightning-fabric", "2.5", extra="fabric"),)
 

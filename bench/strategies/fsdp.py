@@ -142,6 +142,8 @@ class Fsdp(Strategy):
     precisions = frozenset({"fp32", "bf16-pure", "bf16-master", "bf16-autocast", "fp16-master"})
     description = "torch FSDP2 (fully_shard): parameters, gradients and optimizer states in shards, layer by layer"
     sharded = frozenset({"parameters", "gradients", "optimizer", "frozen"})
+    gathers_root = True
+    copies_gradients = False
     requires = (Requirement("torch", "2.6"),)
     quantises = True
 

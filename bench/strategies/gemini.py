@@ -159,6 +159,7 @@ class Gemini(Strategy):
     description = "ColossalAI Gemini: parameters, gradients and optimizer states in sharded chunks (ZeRO-3)"
     uses_colossalai = True
     sharded = frozenset({"parameters", "gradients", "optimizer"})
+    copies_gradients = False
     placement: ClassVar[dict[str, Any]] = {"placement_policy": "static"}
     """Arguments of GeminiPlugin that say where chunks lie."""
 

@@ -31,6 +31,7 @@ class Hybrid(Strategy):
     description = "ColossalAI HybridParallel: tensor, pipeline and data parallel"
     uses_colossalai = True
     model_parallel = True
+    keeps_buckets = True
 
     def unsupported(self, cell: Cell) -> str | None:
         """See `Strategy.unsupported`. Words in backquotes are what ColossalAI 0.5.0 says where it is tried all the same."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from bench.cell import Cell
 from bench.strategies.base import Engine, PipelinedEngine
 from bench.strategies.colossal import load_loss_scale, loss_scale_state
-from bench.strategies.ddp import arm_reduction, defer_reduction
+from bench.strategies.ddp import arm, synchronise_when_armed
 from bench.strategies.precision import make_optimizer, set_learning_rate, storage_dtype, trainable, unrounded_buffers
 
 if TYPE_CHECKING:
@@ -39,12 +39,12 @@ class HybridEngine(Engine):
 
     def _arrange(self) -> None:
         """Gradients are reduced when asked for only."""
-        defer_reduction(self.module.module)
+        synchronise_when_armed(self.module.module)
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """See `Engine.backward`. Only the last micro-step synchronises; DDP averages, so the loss is multiplied by its ranks."""
         if last:
-            arm_reduction(self.module.module)
+            arm(self.module.module)
         self._booster.backward(loss * self._plugin.dp_size, self._optimizer)
 
     def step(self) -> float | torch.Tensor:
