@@ -32,9 +32,9 @@ from bench.container.wheelhouse import image_wheelhouse
 from bench.data.cache import sha256_of
 from bench.layout import cache_folder
 
-SPACE = {"cpu": 10_000_000_000}
-"""Bytes that a build takes at its peak; an image that is not named takes the CUDA size."""
-CUDA_SPACE = 32_000_000_000
+SPACE = {"cpu": 8_000_000_000}
+"""Bytes that a build takes at its peak, archive included; an image that is not named takes the CUDA size."""
+CUDA_SPACE = 26_000_000_000
 
 
 class Environment(NamedTuple):
