@@ -1,4 +1,4 @@
-"""Building an image: root file system, wheels, its stages, archive and squashfs. Torch-free.
+"""Building an image: root file system, wheels, environment, kernels, package, archive and squashfs. Torch-free.
 
 Twice from the same inputs gives the same digest, whatever the host's name, clock and folders: every file's time is the
 image's epoch, byte code is checked by nothing that changes, and the build has no network (what it needs was fetched and checked).
@@ -8,7 +8,6 @@ Nothing half made is left under the final names.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -17,11 +16,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.container.buildah import QUICK, SMALL, Store, digest_of
+from bench.container.buildah import QUICK, SMALL, Tree
 from bench.container.contents import check_contents
 from bench.container.images import DEFINITIONS, DIGESTS, SOURCE_TREE, Image
 from bench.container.inputs import build_inputs, kernel_inputs, package_digest, package_files, text_digest
 from bench.container.kernels import Kernels, kernels_for
+from bench.container.manifest import Content, content_of
+from bench.container.overlay import SITE_PACKAGES
 from bench.container.requirements import source_requirements, wheel_requirements
 from bench.container.rootfs import make_rootfs
 from bench.container.scratch import scratch_folder
@@ -31,11 +32,17 @@ from bench.container.wheelhouse import image_wheelhouse
 from bench.data.cache import sha256_of
 from bench.layout import cache_folder
 
-SPACE = {"cpu": 10_000_000_000}
-"""Bytes that a build takes at its peak; an image that is not named takes the CUDA size."""
-CUDA_SPACE = 32_000_000_000
-ENVIRONMENT, PACKAGE = "localhost/coati-bench/environment", "localhost/coati-bench/package"
-"""Tags in the build's own store."""
+SPACE = {"cpu": 8_000_000_000}
+"""Bytes that a build takes at its peak, archive included; an image that is not named takes the CUDA size."""
+CUDA_SPACE = 26_000_000_000
+
+
+class Environment(NamedTuple):
+    """What is committed of an image: Debian and the locked packages."""
+
+    content: Content
+    inputs: dict[str, str]
+    """What decided it."""
 
 
 class Built(NamedTuple):
@@ -89,64 +96,80 @@ def build(image: Image, *, cache: Path | None = None, archive: bool = False, any
         print(f"  {found.squashfs}: up to date; nothing to do", flush=True)
         return found
     require_namespaces()
-    with workshop(image, folder) as (scratch, store):
-        environment = build_environment(image, store, scratch, folder, new_rootfs=new_rootfs)
-        return finish(image, store, environment, scratch, folder, archive=archive)
+    with workshop(image, folder) as (scratch, tree):
+        environment = build_environment(image, tree, scratch, folder, new_rootfs=new_rootfs)
+        return finish(image, tree, environment, scratch, folder, archive=archive)
 
 
 @contextmanager
-def workshop(image: Image, folder: Path) -> Iterator[tuple[Path, Store]]:
-    """A scratch folder in `folder` with an empty store, gone at the end. Raises MachineError where the disk has no room for a build."""
+def workshop(image: Image, folder: Path) -> Iterator[tuple[Path, Tree]]:
+    """A scratch folder in `folder` with an empty tree, gone at the end. Raises MachineError where the disk has no room for a build."""
     require_space(folder, SPACE.get(image.name, CUDA_SPACE))
     folder.mkdir(parents=True, exist_ok=True)
     with scratch_folder(folder) as scratch:
-        yield scratch, Store.made(scratch / "store", image.epoch)
+        yield scratch, Tree.made(scratch / "tree", image.epoch)
 
 
-def build_environment(image: Image, store: Store, scratch: Path, folder: Path, *, new_rootfs: bool = False) -> tuple[str, dict[str, str]]:
-    """Build the stage `environment` into `store`; its digest and what decided it. What is fetched stays in `folder`."""
-    with ThreadPoolExecutor(2) as pool:  # both wait for the network
+def build_environment(image: Image, tree: Tree, scratch: Path, folder: Path, *, new_rootfs: bool = False) -> Environment:
+    """Build the environment in `tree`. What is fetched stays in `folder`."""
+    with ThreadPoolExecutor(1) as pool:  # it waits for the network, as the other does
         wheels = pool.submit(image_wheelhouse, image, folder / "wheelhouse")
         rootfs = make_rootfs(image, folder, scratch, accept=new_rootfs)
         wheelhouse = wheels.result()
     context = scratch / "environment"
     context.mkdir()
-    os.link(rootfs, context / "rootfs.tar")
-    for name in ("Containerfile", "90-environment.sh"):
+    for name in ("environment.sh", "90-environment.sh"):
         shutil.copy(DEFINITIONS / name, context / name)
     (context / "wheels.txt").write_text(wheel_requirements(image), encoding="utf-8")
     (context / "sources.txt").write_text(source_requirements(image), encoding="utf-8")
-    set_modes(context)
-    arguments = {"SOURCE_DATE_EPOCH": str(image.epoch), "LOCKS": locks_digest(image)}
-    store.build(context, "Containerfile", ["--tag", ENVIRONMENT], arguments, [f"{wheelhouse}:/wheelhouse:ro"])
-    return digest_of(store.manifest(ENVIRONMENT)), build_inputs(image) | {"root file system": sha256_of(rootfs)}
+    tree.unpack(rootfs)
+    mounts = {context: "/environment:ro", wheelhouse: "/wheelhouse:ro"}
+    tree.run(["sh", "/environment/environment.sh"], mounts, what="environment.sh", variables={"SOURCE_DATE_EPOCH": str(image.epoch)})
+    labels = {"org.opencontainers.image.title": "coati-bench environment", "io.coati-bench.locks": locks_digest(image)}
+    content = content_of([tree.layer()], labels, image.epoch)
+    return Environment(content, build_inputs(image) | {"root file system": sha256_of(rootfs)})
 
 
-def finish(
-    image: Image, store: Store, environment: tuple[str, dict[str, str]], scratch: Path, folder: Path, *, archive: bool = False
-) -> Built:
-    """Build what comes on an environment (digest and inputs) that lies in `store`, and keep the image in `folder`."""
-    package, kernels = build_package(image, store, scratch, folder)
-    digest, inputs = environment
-    made = Made(digest, digest_of(store.manifest(PACKAGE)), inputs, package, kernels)
-    return keep(image, store, made, scratch, folder, archive=archive)
+def finish(image: Image, tree: Tree, environment: Environment, scratch: Path, folder: Path, *, archive: bool = False) -> Built:
+    """Add what comes on an environment that lies in `tree`, and keep the image in `folder`."""
+    (layer,) = environment.content.layers
+    found = kernels_for(image, tree, layer, scratch, folder)
+    package = scratch / "package"
+    source = make_package(tree, package, found)
+    kernels = found[0] if found else None
+    labels = {
+        "org.opencontainers.image.title": "coati-bench", "org.opencontainers.image.licenses": "Apache-2.0",
+        "org.opencontainers.image.revision": revision(), "io.coati-bench.locks": locks_digest(image),
+        "io.coati-bench.source": source, "io.coati-bench.kernels": kernels.digest if kernels else "none",
+    }  # fmt: skip
+    content = content_of([layer, tree.layer_of(package)], labels, image.epoch)
+    return keep(image, tree, Made(environment, content, package, source, kernels), scratch, folder, archive=archive)
 
 
-def build_package(image: Image, store: Store, scratch: Path, folder: Path) -> tuple[str, Kernels | None]:
-    """Build the last stage: kernels, where the image has any, and this package, whose sha256 is returned."""
-    context = scratch / "package"
-    (context / "kernels").mkdir(parents=True)
-    shutil.copy(DEFINITIONS / "Containerfile.package", context)
-    kernels = None
-    if found := kernels_for(image, store, ENVIRONMENT, scratch, folder):
-        kernels, kept = found
-        for name in kernels.modules:
-            shutil.copy(kept / name, context / "kernels" / name)
-    package = copy_package(context / "package")
-    set_modes(context)
-    arguments = {"ENVIRONMENT": ENVIRONMENT, "SOURCE": package, "REVISION": revision(), "KERNELS": kernels.digest if kernels else "none"}
-    store.build(context, "Containerfile.package", ["--tag", PACKAGE], arguments)
-    return package, kernels
+def make_package(tree: Tree, package: Path, kernels: tuple[Kernels, Path] | None) -> str:
+    """Make the layer that comes on the environment in the new folder `package`: this package, whose sha256 is returned, and kernels."""
+    shutil.copytree(DEFINITIONS / "package", package)
+    source = copy_package(package / "opt" / "coati-bench")
+    if kernels:
+        modules = package / SITE_PACKAGES.relative_to("/") / "colossalai" / "_C"
+        modules.mkdir(parents=True)
+        for name in kernels[0].modules:
+            shutil.copy(kernels[1] / name, modules / name)
+    byte_code = [
+        "-m",
+        "compileall",
+        "-q",
+        "--invalidation-mode",
+        "unchecked-hash",
+        "-s",
+        "/package",
+        "-p",
+        "/",
+        "/package/opt/coati-bench/bench",
+    ]
+    tree.run(["/opt/venv/bin/python", *byte_code], {package: "/package"}, what="package")
+    set_modes(package)
+    return source
 
 
 def copy_package(target: Path) -> str:
@@ -159,10 +182,10 @@ def copy_package(target: Path) -> str:
     return digest
 
 
-def set_modes(context: Path) -> None:
-    """Give what is copied into an image the same modes on every machine."""
-    for path in context.rglob("*"):
-        path.chmod(0o755 if path.is_dir() else 0o644)
+def set_modes(folder: Path) -> None:
+    """Give what becomes a layer the same modes on every machine; what its owner may run, everybody may."""
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o755 if path.stat().st_mode & 0o100 else 0o644)
 
 
 def locks_digest(image: Image) -> str:
@@ -180,28 +203,32 @@ def revision() -> str:
 
 
 class Made(NamedTuple):
-    """What lies in the build's store, before it is kept."""
+    """What lies in the build's scratch folder, before it is kept."""
 
-    environment: str
-    digest: str
-    inputs: dict[str, str]
-    package: str
+    environment: Environment
+    content: Content
+    package: Path
+    """The layer on the environment, as a folder."""
+    source: str
+    """sha256 of the package in it."""
     kernels: Kernels | None
 
 
-def keep(image: Image, store: Store, made: Made, scratch: Path, folder: Path, *, archive: bool) -> Built:
+def keep(image: Image, tree: Tree, made: Made, scratch: Path, folder: Path, *, archive: bool) -> Built:
     """Put the squashfs, the archive if wanted, and a note of what they are into `folder`, the note last."""
-    name = f"coati-bench-{image.name}-{made.digest.removeprefix('sha256:')[:12]}"
+    digest = made.content.digest
+    name = f"coati-bench-{image.name}-{digest.removeprefix('sha256:')[:12]}"
     files = [folder / f"{name}.sqfs", *([folder / f"{name}.oci.tar"] if archive else [])]
-    store.write_squashfs(PACKAGE, scratch / files[0].name, SMALL if image.cuda else QUICK)
-    check_contents(image, scratch / files[0].name)
     if archive:
-        store.write_archive(PACKAGE, image.name, scratch / files[1].name)
+        tree.write_archive(made.content, made.package, image.name, scratch / files[1].name)
+    tree.add(made.package)
+    tree.write_squashfs(scratch / files[0].name, SMALL if image.cuda else QUICK)
+    check_contents(image, scratch / files[0].name)
     sums = {path.name: sha256_of(scratch / path.name) for path in files}
     for path in files:
         (scratch / path.name).replace(path)
     archived = files[1] if archive else None
-    built = Built(image, made.environment, made.digest, made.inputs, made.package, files[0], archived, made.kernels)
+    built = Built(image, made.environment.content.digest, digest, made.environment.inputs, made.source, files[0], archived, made.kernels)
     part = scratch / "note.json"
     part.write_text(json.dumps(built.to_json() | {"sha256": sums}, indent=2) + "\n", encoding="utf-8")
     part.replace(folder / f"{name}.json")

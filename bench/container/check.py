@@ -29,12 +29,13 @@ def check_environment(image: Image, *, cache: Path | None = None, keep: bool = F
     if missing:
         return f"{SKIPPED}{', '.join(missing)} missing, so the image {image.name} was not built"
     folder = image_folder(cache)
-    with workshop(image, folder) as (scratch, store):
+    with workshop(image, folder) as (scratch, tree):
         try:
-            digest, inputs = build_environment(image, store, scratch, folder)
+            environment = build_environment(image, tree, scratch, folder)
         except ArchiveChangedError as error:
             return f"{SKIPPED}{error}"
-        if problems := compared(f"{image.name}: another digest", before, digest, inputs):
+        digest = environment.content.digest
+        if problems := compared(f"{image.name}: another digest", before, digest, environment.inputs):
             raise UserError(problems[0])
-        kept = f"; image: {finish(image, store, (digest, inputs), scratch, folder).squashfs}" if keep else ""
+        kept = f"; image: {finish(image, tree, environment, scratch, folder).squashfs}" if keep else ""
     return f"{image.name}: built anew, its environment is the committed one ({digest}){kept}"

@@ -20,8 +20,8 @@ def check_contents(image: Image, squashfs: Path) -> None:
     if absent:
         some = ", ".join(absent[:5]) + (", ..." if len(absent) > 5 else "")
         raise MachineError(
-            f"{squashfs.name}: {len(absent)} of {len(locked)} locked packages are not in the image; missing: {some}; the output of the "
-            "stage environment says why"
+            f"{squashfs.name}: {len(absent)} of {len(locked)} locked packages are not in the image; missing: {some}; the output of "
+            "environment.sh says why"
         )
 
 

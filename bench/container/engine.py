@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from bench.container.buildah import digest_of
+from bench.container.manifest import digest_of
 from bench.container.runtimes import Runtime
 from bench.container.tools import explain, tail
 from bench.errors import MachineError, UserError

@@ -24,6 +24,9 @@ It copies the building machine's name, name servers and mirror into the root fil
 root's image would be another than everybody else's; runtimes bring their own /dev.
 """
 
+LAYER_OPTIONS = ("--sort=name", "--numeric-owner", "--format=gnu")
+"""GNU tar's, beside the time of all files."""
+
 
 class Rootfs(NamedTuple):
     """The operating system's part: a Debian release and packages of it."""

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.cell import canonical_json
-from bench.container.images import BOOTSTRAP_OPTIONS, DEFINITIONS, SOURCE_TREE, Image
+from bench.container.images import BOOTSTRAP_OPTIONS, DEFINITIONS, LAYER_OPTIONS, SOURCE_TREE, Image
 from bench.container.requirements import compiler_requirements, source_requirements, wheel_requirements
 
 PACKAGE = ("bench",)
 """What of the source tree goes into the image."""
 
-KERNEL_FILES = ("Containerfile.kernels", "compile_kernels.py")
+KERNEL_FILES = ("kernels.sh", "compile_kernels.py")
 """What of containers/ says how kernels are compiled."""
 
 
@@ -36,9 +36,11 @@ def text_digest(text: str) -> str:
 def build_inputs(image: Image) -> dict[str, str]:
     """Name -> sha256 of everything that decides the environment image, but for the root file system's own bytes."""
     return {
-        "Containerfile": text_digest((DEFINITIONS / "Containerfile").read_text(encoding="utf-8")),
+        "configuration": text_digest((DEFINITIONS / "configuration.json").read_text(encoding="utf-8")),
+        "environment.sh": text_digest((DEFINITIONS / "environment.sh").read_text(encoding="utf-8")),
         "environment script": text_digest((DEFINITIONS / "90-environment.sh").read_text(encoding="utf-8")),
         "epoch": text_digest(str(image.epoch)),
+        "layers": text_digest(canonical_json(LAYER_OPTIONS)),
         "packages of the system": text_digest(canonical_json([image.rootfs.release, sorted(image.rootfs.packages), BOOTSTRAP_OPTIONS])),
         "sources": text_digest(source_requirements(image)),
         "wheels": text_digest(wheel_requirements(image)),

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.cell import canonical_json
-from bench.container.buildah import Store
+from bench.container.buildah import Tree
 from bench.container.images import DEFINITIONS, Image
 from bench.container.inputs import KERNEL_FILES, kernel_inputs, text_digest
+from bench.container.manifest import Layer
 from bench.container.requirements import compiler_requirements
 from bench.container.wheelhouse import compiler_wheelhouse
 from bench.data.cache import sha256_of
@@ -42,17 +43,21 @@ class Kernels(NamedTuple):
         return self._asdict()
 
 
-def kernels_for(image: Image, store: Store, environment: str, scratch: Path, folder: Path) -> tuple[Kernels, Path] | None:
-    """The image's kernels and their folder, compiled in the stage tagged `environment` unless `folder` has them; None without any.
+def kernels_for(image: Image, tree: Tree, environment: Layer, scratch: Path, folder: Path) -> tuple[Kernels, Path] | None:
+    """The image's kernels and their folder, compiled in `tree`, which holds the `environment`, unless `folder` has them; None without any.
 
-    Raises MachineError, also for modules that are not those that were compiled.
+    Raises MachineError, also for modules that are not those that were compiled, and if the environment is not the same afterwards.
     """
     if image.compiler is None:
         return None
     inputs = kernel_inputs(image)
     kept = folder / f"kernels-{image.name}-{text_digest(canonical_json(inputs))[:12]}"
     if not (kept / NOTE).exists():
-        compile_kernels(image, store, environment, scratch, folder / "wheelhouse")
+        compile_kernels(image, tree, scratch, folder / "wheelhouse")
+        if (seen := tree.layer()) != environment:
+            raise MachineError(
+                f"image {image.name}: compiling kernels changed the environment; seen: {seen.digest}; {environment.digest} would be right"
+            )
         modules = {path.name: sha256_of(path) for path in sorted((scratch / "kernels").glob("*.so"))}
         found = Kernels(f"sha256:{text_digest(canonical_json(modules))}", inputs, modules)
         (scratch / "kernels" / NOTE).write_text(json.dumps(found.to_json(), indent=2) + "\n", encoding="utf-8")
@@ -71,18 +76,21 @@ def read_kernels(folder: Path) -> Kernels:
     return kernels
 
 
-def compile_kernels(image: Image, store: Store, environment: str, scratch: Path, wheelhouse: Path) -> None:
-    """Compile the image's kernels into `scratch`/kernels; raises MachineError."""
+def compile_kernels(image: Image, tree: Tree, scratch: Path, wheelhouse: Path) -> None:
+    """Compile the image's kernels in `tree` into `scratch`/kernels; raises MachineError."""
     context, output = scratch / "kernel-context", scratch / "kernels"
     context.mkdir()
+    output.mkdir()
     for name in KERNEL_FILES:
         shutil.copy(DEFINITIONS / name, context / name)
     (context / "compiler.txt").write_text(compiler_requirements(image), encoding="utf-8")
-    house = compiler_wheelhouse(image, wheelhouse)
-    arguments = {"ENVIRONMENT": environment, "ARCHITECTURES": architecture_list(image)}
-    store.build(context, KERNEL_FILES[0], ["--output", f"type=local,dest={output}"], arguments, [f"{house}:/compiler:ro"])
+    mounts = {context: "/opt/kernels", compiler_wheelhouse(image, wheelhouse): "/compiler:ro"}
+    script = KERNEL_FILES[0]
+    tree.run(["sh", f"/opt/kernels/{script}"], mounts, what=script, variables={"ARCHITECTURES": architecture_list(image)})
+    for path in (context / "out" / "colossalai" / "_C").glob("*.so"):
+        shutil.copy(path, output / path.name)
     if not list(output.glob("*.so")):
-        raise MachineError(f"image {image.name}: no kernel came out of {KERNEL_FILES[0]}; its output says why")
+        raise MachineError(f"image {image.name}: no kernel came out of {script}; its output says why")
     check_architectures(image, {name for path in output.glob("*.so") for name in architectures_in(path.read_bytes())})
 
 

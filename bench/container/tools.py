@@ -38,8 +38,8 @@ _WORDS = (
 )
 DIES_WITH_US = ("setpriv", "--pdeathsig", "KILL") if shutil.which("setpriv") else ()
 """Put before a program: a build that is killed leaves none behind that goes on writing into its folder (util-linux, man 1 setpriv)."""
-_NOISE = ("Error: building at STEP", "subprocess exited with")
-"""How lines of buildah begin that repeat the step or say only that it failed."""
+_NOISE = ("subprocess exited with", "Error: exit status")
+"""How lines of buildah begin that say only that a command failed."""
 
 
 def missing_programs(*programs: str) -> list[str]:
@@ -84,12 +84,16 @@ def run(
         errors="replace",
     )
     if done.returncode:
-        raise MachineError(
-            f"{what or command[0]}: {explain(done.stdout + done.stderr)}; seen: {command[0]} ended with {done.returncode}: {tail(done)}"
-        )
+        raise failure(what or command[0], done)
     if what:
         print(f"  {what}: {time.monotonic() - begin:.0f} s", flush=True)
     return done.stdout
+
+
+def failure(what: str, done: subprocess.CompletedProcess[str]) -> MachineError:
+    """The error that says how a program failed, and what would be right."""
+    program = done.args[len(DIES_WITH_US)]
+    return MachineError(f"{what}: {explain(done.stdout + done.stderr)}; seen: {program} ended with {done.returncode}: {tail(done)}")
 
 
 def user_name() -> str:

@@ -65,7 +65,20 @@ def fetch(requirements: str, house: Path, *, python: str | None, what: str) -> N
     with tempfile.TemporaryDirectory() as scratch:
         listed = Path(scratch) / "requirements.txt"
         listed.write_text(requirements, encoding="utf-8")
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--require-hashes", "-r", str(listed), "-d", str(house)]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "-q",
+            "--no-cache-dir",
+            "--no-deps",
+            "--require-hashes",
+            "-r",
+            str(listed),
+            "-d",
+            str(house),
+        ]
         if python is None:
             command += ["--no-binary", ":all:", "--no-build-isolation"]
         else:

@@ -1,9 +1,7 @@
-"""An image is known by what it is: its manifest without what tells how it was made."""
+"""The same files give the same layer, squashfs and archive, in any folder; what is mounted meanwhile leaves nothing behind."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import subprocess
 import tarfile
@@ -11,77 +9,68 @@ from pathlib import Path
 
 import pytest
 
-from bench.container.buildah import QUICK, Store, as_oci_layout, bare_manifest, digest_of
+from bench.container.buildah import QUICK, Tree
 from bench.container.engine import archive_manifest
+from bench.container.manifest import Layer, content_of, digest_of
 from bench.errors import MachineError
 
-CONFIG, LAYER = b'{"os":"linux"}', b"layer"
+EPOCH = 1764547200
+needs_buildah = pytest.mark.skipif(
+    not (shutil.which("buildah") and shutil.which("mksquashfs")), reason="buildah and squashfs-tools are not here"
+)
 
 
-def sha(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+def grown(folder: Path, content: str = "content") -> tuple[Tree, Path]:
+    """A tree of one file, and a package for it."""
+    (folder / "files").mkdir(parents=True)
+    (folder / "files" / "file").write_text(content)
+    (folder / "package" / "opt").mkdir(parents=True)
+    (folder / "package" / "opt" / "more").write_text("more")
+    tree = Tree.made(folder / "tree", EPOCH)
+    with tarfile.open(folder / "rootfs.tar", "w") as tar:
+        tar.add(folder / "files", ".")
+    try:
+        tree.unpack(folder / "rootfs.tar")
+    except MachineError as error:
+        pytest.skip(f"buildah does not work here: {error}")
+    return tree, folder / "package"
 
 
-def written_by_buildah(folder: Path) -> bytes:
-    """A `dir:` as buildah pushes one; its manifest."""
-    folder.mkdir()
-    for content in (CONFIG, LAYER):
-        (folder / sha(content)).write_bytes(content)
-    described = {
-        "schemaVersion": 2,
-        "mediaType": "application/vnd.oci.image.manifest.v1+json",
-        "config": {"digest": f"sha256:{sha(CONFIG)}", "size": len(CONFIG)},
-        "layers": [{"digest": f"sha256:{sha(LAYER)}", "size": len(LAYER)}],
-        "annotations": {"org.opencontainers.image.base.name": "localhost/x:123"},
-    }
-    return bare_manifest(described)
+def image(folder: Path) -> tuple[object, ...]:
+    tree, package = grown(folder)
+    layers = [tree.layer(), tree.layer_of(package)]
+    content = content_of(layers, {"x": "y"}, EPOCH)
+    tree.write_archive(content, package, "x", folder / "x.oci.tar")
+    assert digest_of(archive_manifest(folder / "x.oci.tar")) == content.digest
+    tree.add(package)
+    tree.write_squashfs(folder / "x.sqfs", QUICK)
+    return (*layers, content.digest, (folder / "x.oci.tar").read_bytes(), (folder / "x.sqfs").read_bytes())
 
 
-def test_the_name_of_a_base_does_not_decide_a_digest() -> None:
-    manifest = {"schemaVersion": 2, "config": {}, "layers": [], "annotations": {"org.opencontainers.image.base.name": "localhost/x:123"}}
-    other = {**manifest, "annotations": {"org.opencontainers.image.base.name": "localhost/x:456"}}
-    assert digest_of(bare_manifest(manifest)) == digest_of(bare_manifest(other))
-    assert digest_of(bare_manifest(manifest)) != digest_of(bare_manifest({**manifest, "layers": [{"digest": "sha256:aa"}]}))
+@needs_buildah
+def test_the_same_files_give_the_same_image_in_two_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = image(tmp_path / "a")
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1")
+    assert image(tmp_path / "b" / "c") == first
+    listed = subprocess.run(["unsquashfs", "-lln", "-d", "", str(tmp_path / "a" / "x.sqfs")], text=True, capture_output=True, check=True)
+    assert {line.split()[-1] for line in listed.stdout.splitlines() if line.startswith("-")} == {"/file", "/opt/more"}
+    assert {line.split()[3] for line in listed.stdout.splitlines()} == {"2025-12-01"}
 
 
-def test_an_archive_says_the_digest_of_its_image(tmp_path: Path) -> None:
-    manifest = written_by_buildah(tmp_path / "layout")
-    as_oci_layout(tmp_path / "layout", manifest, "cpu")
-    assert {path.name for path in (tmp_path / "layout" / "blobs" / "sha256").iterdir()} == {sha(CONFIG), sha(LAYER), sha(manifest)}
-    with tarfile.open(tmp_path / "x.oci.tar", "w") as tar:
-        for name in ("blobs", "index.json", "oci-layout"):
-            tar.add(tmp_path / "layout" / name, name)
-    assert digest_of(archive_manifest(tmp_path / "x.oci.tar")) == digest_of(manifest)
+@needs_buildah
+def test_another_content_gives_another_layer(tmp_path: Path) -> None:
+    layers: set[Layer] = {grown(tmp_path / content, content)[0].layer() for content in ("content", "contenT")}
+    assert len(layers) == 2
 
 
-@pytest.mark.parametrize("damage", ["tampered", "gone"])
-def test_a_layer_that_is_not_what_the_manifest_says_is_refused(tmp_path: Path, damage: str) -> None:
-    manifest = written_by_buildah(tmp_path / "layout")
-    path = tmp_path / "layout" / sha(LAYER)
-    path.write_bytes(b"layex") if damage == "tampered" else path.unlink()
-    with pytest.raises(MachineError, match=r"cpu: a layer is not what its manifest says; seen: .*; sha256:.* would be right"):
-        as_oci_layout(tmp_path / "layout", manifest, "cpu")
-
-
-@pytest.mark.skipif(not (shutil.which("buildah") and shutil.which("mksquashfs")), reason="buildah and squashfs-tools are not here")
-def test_the_same_files_give_the_same_image_in_two_stores(tmp_path: Path) -> None:
-    found = []
-    for name in ("a", "b"):
-        context = tmp_path / name
-        context.mkdir()
-        (context / "file").write_text("content")
-        (context / "Containerfile").write_text("ARG BASE=scratch\nFROM $BASE\nCOPY file /file\nLABEL x=y\n")
-        store = Store.made(tmp_path / f"store-{name}", 1764547200)
-        try:
-            store.build(context, "Containerfile", ["--tag", f"localhost/{name}"], {})
-        except MachineError as error:
-            pytest.skip(f"buildah does not work here: {error}")
-        store.write_squashfs(f"localhost/{name}", context / "x.sqfs", QUICK)
-        store.write_archive(f"localhost/{name}", "x", context / "x.oci.tar")
-        found.append((digest_of(store.manifest(f"localhost/{name}")), sha((context / "x.sqfs").read_bytes()),
-                      sha((context / "x.oci.tar").read_bytes()), digest_of(archive_manifest(context / "x.oci.tar"))))  # fmt: skip
-    assert found[0] == found[1]
-    assert found[0][0] == found[0][3]
-    listed = subprocess.run(["unsquashfs", "-l", "-d", "", str(tmp_path / "a" / "x.sqfs")], text=True, capture_output=True, check=True)
-    assert "/file" in listed.stdout
-    assert json.loads(store.manifest("localhost/b"))["layers"][0]["mediaType"] == "application/vnd.oci.image.layer.v1.tar"
+@needs_buildah
+def test_what_is_mounted_while_a_command_runs_leaves_nothing_behind(tmp_path: Path) -> None:
+    tree, _ = grown(tmp_path)
+    (tmp_path / "outside").mkdir()
+    of_this_machine = {Path(name): f"{name}:ro" for name in ("/usr", "/lib", "/lib64")}
+    tree.run(["/usr/bin/cp", "/file", "/outside/copy"], {**of_this_machine, tmp_path / "outside": "/outside"}, what="copying")
+    assert (tmp_path / "outside" / "copy").read_text() == "content"
+    tree.layer(tmp_path / "layer.tar")
+    with tarfile.open(tmp_path / "layer.tar") as tar:
+        assert "./file" in tar.getnames()
+        assert not {"./usr", "./lib", "./lib64", "./outside"} & set(tar.getnames())

@@ -24,10 +24,10 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     """A machine that makes `digest`, or raises `error`, and lacks `missing`."""
     state: dict[str, object] = {"digest": "sha256:right", "error": None, "missing": []}
 
-    def build_environment(*_: object, **__: object) -> tuple[object, dict[str, str]]:
+    def build_environment(*_: object, **__: object) -> SimpleNamespace:
         if isinstance(state["error"], Exception):
             raise state["error"]
-        return state["digest"], INPUTS
+        return SimpleNamespace(content=SimpleNamespace(digest=state["digest"]), inputs=INPUTS)
 
     monkeypatch.setattr(check, "committed", lambda _: {"digest": "sha256:right", "inputs": INPUTS})
     monkeypatch.setattr(check, "build_environment", build_environment)
@@ -46,12 +46,12 @@ def test_the_image_is_made_of_the_committed_environment_only(
     tmp_path: Path, machine: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[object] = []
-    monkeypatch.setattr(check, "finish", lambda *given: made.append(given[2]) or SimpleNamespace(squashfs="x.sqfs"))
+    monkeypatch.setattr(check, "finish", lambda *given: made.append(given[2].content.digest) or SimpleNamespace(squashfs="x.sqfs"))
     assert check.check_environment(IMAGE, cache=tmp_path, keep=True).endswith("(sha256:right); image: x.sqfs")
     machine["digest"] = "sha256:other"
     with pytest.raises(UserError):
         check.check_environment(IMAGE, cache=tmp_path, keep=True)
-    assert made == [("sha256:right", INPUTS)]
+    assert made == ["sha256:right"]
 
 
 def test_another_environment_is_an_error_with_the_inputs_that_differ(tmp_path: Path, machine: dict[str, object]) -> None:

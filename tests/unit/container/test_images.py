@@ -145,10 +145,10 @@ def test_a_changed_wheel_is_named_and_fetched_again_once_it_is_removed(tmp_path,
     assert (wheelhouse.filled("cpu", lock, "", tmp_path) / wheel.name).read_bytes() == b"wheel"
 
 
-def test_what_a_failed_step_of_buildah_says_is_told_without_the_step(tmp_path):
-    script = "echo pip: no such wheel >&2; echo 'Error: building at STEP \"RUN set -e; long\": exit status 1' >&2; exit 1"
-    with pytest.raises(MachineError, match=r"^Containerfile: it failed; seen: sh ended with 1: pip: no such wheel$"):
-        run(["sh", "-c", script], what="Containerfile")
+def test_what_a_failed_step_of_buildah_says_is_told_without_its_noise(tmp_path):
+    script = "echo pip: no such wheel >&2; echo 'subprocess exited with status 1' >&2; echo 'Error: exit status 1' >&2; exit 1"
+    with pytest.raises(MachineError, match=r"^environment.sh: it failed; seen: sh ended with 1: pip: no such wheel$"):
+        run(["sh", "-c", script], what="environment.sh")
 
 
 def test_a_wheelhouse_lists_its_wheels_with_hashes(tmp_path):

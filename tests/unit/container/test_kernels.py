@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from bench.container import build, kernels, verify
-from bench.container.buildah import Store
+from bench.container.buildah import Tree
 from bench.container.images import image_named, images
 from bench.container.inputs import build_inputs, kernel_inputs
+from bench.container.manifest import Layer
 from bench.container.requirements import compiler_requirements, read_lock
 from bench.errors import MachineError
 
@@ -30,19 +31,25 @@ def fat_binary(entries: list[tuple[int, int]]) -> bytes:
     return b"\x7fELF" + struct.pack("<IHHQ", 0xBA55ED50, 1, 16, len(body)) + body + b"rest"
 
 
+ENVIRONMENT = Layer("sha256:environment", 1)
+
+
 @pytest.fixture
 def compiler(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
     """A compiler that writes two modules; its calls."""
     calls: list[dict[str, str]] = []
 
-    def build(_: Store, context: Path, file: str, output: list[str], arguments: dict[str, str], volumes: list[str]) -> None:
-        calls.append({**arguments, "file": file, "volumes": ",".join(volumes), "locked": (context / "compiler.txt").read_text()})
-        target = Path(output[1].partition("dest=")[2])
-        target.mkdir()
+    def run(_: Tree, command: list[str], mounts: dict[Path, str], *, what: str, variables: dict[str, str]) -> None:
+        (context,) = (folder for folder, place in mounts.items() if place == "/opt/kernels")
+        calls.append({**variables, "command": " ".join(command), "locked": (context / "compiler.txt").read_text()})
+        assert (context / what).exists()
+        target = context / "out" / "colossalai" / "_C"
+        target.mkdir(parents=True)
         for name in ("cpu_adam_x86", "fused_optim_cuda"):
             (target / f"{name}.cpython-311-x86_64-linux-gnu.so").write_bytes(name.encode() + fat_binary(ALL))
 
-    monkeypatch.setattr(Store, "build", build)
+    monkeypatch.setattr(Tree, "run", run)
+    monkeypatch.setattr(Tree, "layer", lambda _: ENVIRONMENT)
     monkeypatch.setattr(kernels, "compiler_wheelhouse", lambda image, folder: folder / "compiler")
     return calls
 
@@ -50,7 +57,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
 def kernels_for(folder: Path, image: Any = IMAGE) -> tuple[kernels.Kernels, Path] | None:
     number = len(list(folder.glob("scratch*")))
     (folder / f"scratch{number}").mkdir()
-    return kernels.kernels_for(image, Store(folder / "store", 0), "environment", folder / f"scratch{number}", folder)
+    return kernels.kernels_for(image, Tree(folder / "tree", 0), ENVIRONMENT, folder / f"scratch{number}", folder)
 
 
 def test_they_are_compiled_once_for_the_architectures_of_the_image(tmp_path: Path, compiler: list[dict[str, str]]) -> None:
@@ -59,7 +66,7 @@ def test_they_are_compiled_once_for_the_architectures_of_the_image(tmp_path: Pat
     assert first == again
     (call,) = compiler
     assert call["ARCHITECTURES"] == "7.5;8.0;8.6;9.0;10.0;12.0+PTX"
-    assert call["ENVIRONMENT"] == "environment"
+    assert call["command"] == "sh /opt/kernels/kernels.sh"
     assert "nvidia-cuda-nvcc==13.0" in call["locked"]
     assert sorted(path.name for path in first[1].glob("*.so")) == sorted(first[0].modules)
 
@@ -80,10 +87,20 @@ def test_a_kernel_that_was_changed_is_refused(tmp_path: Path, compiler: list[dic
         kernels_for(tmp_path)
 
 
-def test_a_compiler_that_makes_nothing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Store, "build", lambda *arguments: (tmp_path / "scratch0" / "kernels").mkdir())
-    monkeypatch.setattr(kernels, "compiler_wheelhouse", lambda image, folder: folder / "compiler")
+def test_a_compiler_that_makes_nothing_leaves_nothing(
+    tmp_path: Path, compiler: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Tree, "run", lambda *_, **__: None)
     with pytest.raises(MachineError, match="no kernel came out"):
+        kernels_for(tmp_path)
+    assert not list(tmp_path.glob("kernels-*"))
+
+
+def test_a_compiler_that_changes_the_environment_is_refused(
+    tmp_path: Path, compiler: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Tree, "layer", lambda _: Layer("sha256:changed", 2))
+    with pytest.raises(MachineError, match=r"compiling kernels changed the environment; seen: .*sha256:changed.*sha256:environment"):
         kernels_for(tmp_path)
     assert not list(tmp_path.glob("kernels-*"))
 
