@@ -1,9 +1,9 @@
 """deepspeed_zero3: DeepSpeed's ZeRO, stage 3. Parameters, gradients and optimizer states in shards, gathered module by module.
 
-By default DeepSpeed lets nothing go that is used again within 10^9 parameters (`stage3_max_reuse_distance`). So a model of less than half of
-that is whole on every rank from its forward to its backward pass, and if it trains it stays so after a forward pass without gradients; of a
-larger one the first layers go. Seen on two H200: BLOOM-560m, whose head is its embedding, is hardly there at all at the end of its forward
-pass. The bucket in which gradients are reduced is always there.
+By default DeepSpeed lets nothing go that is used again within 10^9 parameters (`stage3_max_reuse_distance`). So a model of less than
+half of that is whole on every rank from its forward to its backward pass, and if it trains it stays so after a forward pass without
+gradients; of a larger one the first layers go. Seen on two H200: BLOOM-560m, whose head is its embedding, is hardly there at all at the end
+of its forward pass. The bucket in which gradients are reduced is always there.
 """
 
 from __future__ import annotations
