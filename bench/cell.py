@@ -71,7 +71,7 @@ class Settings:
     sequence_length: Annotated[int, Field(ge=8)] = 512
     """Longest sequence in tokens; longer ones are cut at the end."""
     optimizer: Literal["adamw", "fused", "hybrid"] = "adamw"
-    """AdamW: of torch, torch's fused one, or ColossalAI's HybridAdam. A strategy may force another; the record says so."""
+    """AdamW: torch's tensor by tensor, torch's fused one, or ColossalAI's HybridAdam. A strategy may force another; the record says so."""
     learning_rate: NotNegative = 1e-5
     """Peak learning rate."""
     weight_decay: NotNegative = 0.0

@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any
 
 from bench.measure.preflight import preflight_of
-from bench.record import Record
+from bench.record import SIDE_BY_SIDE, Record
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +35,8 @@ class Allocated:
     backend: str
     simulated: bool
     """Whether they are parts of one machine, so that nothing here is a network."""
+    side_by_side: bool
+    """Whether trials shared the devices, and so the links between them."""
     all_reduce_latency_seconds: tuple[float, ...]
     """Of each trial."""
     all_reduce_bytes_per_second: tuple[float, ...]
@@ -52,6 +54,7 @@ class Allocated:
             "ranks": self.ranks,
             "backend": self.backend,
             "simulated_nodes": self.simulated,
+            "side_by_side": self.side_by_side,
             "trials": len(latency),
             "all_reduce_latency_seconds": {"median": median(latency), "worst": max(latency)},
             "all_reduce_bytes_per_second": {"median": median(rate), "worst": min(rate)},
@@ -82,6 +85,7 @@ def _fold(job: str | None, hosts: tuple[str, ...], ranks: int, members: Sequence
     found = [seen for _, seen in members]
     return Allocated(
         job=job, hosts=hosts, ranks=ranks, backend=found[0]["backend"], simulated=any(record.simulated_nodes for record, _ in members),
+        side_by_side=any(SIDE_BY_SIDE in record.flags for record, _ in members),
         all_reduce_latency_seconds=tuple(seen["all_reduce_latency_seconds"] for seen in found),
         all_reduce_bytes_per_second=tuple(seen["all_reduce_bytes_per_second"] for seen in found),
         clocks=_furthest(seen["clocks"] for seen in found),

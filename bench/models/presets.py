@@ -139,6 +139,9 @@ _LISTED = (
         source="width of LLaMA-7B halved, 18 layers; no published model",
     ),
     _llama_like("llama-7b", "llama", 4096, 32, 32, 11008, max_position_embeddings=2048, hub_id="huggyllama/llama-7b", source=_LLAMA_PAPER),
+    _llama_like(
+        "llama-13b", "llama", 5120, 40, 40, 13824, max_position_embeddings=2048, hub_id="huggyllama/llama-13b", source=_LLAMA_PAPER
+    ),
     _llama_like("llama3-tiny", "llama", 64, 2, 4, 176, num_key_value_heads=2, rope_theta=500000.0, **_TINY_NUMBERS),
     _llama_like("mistral-tiny", "mistral", 64, 2, 4, 176, num_key_value_heads=2, sliding_window=None, **_TINY_NUMBERS),
     _llama_like(

@@ -38,7 +38,8 @@ def _timed(allocated: Allocated, values: Sequence[float], unit: float, worst: Ca
     middle = median(values) / unit
     note = f"worst {number(worst(values) / unit)}" if len(values) > 1 else ""
     hint = "nodes on one machine have no network between them" if allocated.simulated else ""
-    return TableCell(number(middle), note, middle, "muted" if allocated.simulated else "", hint)
+    hint = hint or ("trials ran side by side on the same devices" if allocated.side_by_side else "")
+    return TableCell(number(middle), note, middle, "muted" if hint else "", hint)
 
 
 def _clock(allocated: Allocated) -> TableCell:

@@ -157,7 +157,7 @@ class Trial:
         if self.record.launcher == "fork":
             return f"ranks were started by {self.record.launcher}, which makes no timing claims"
         if SIDE_BY_SIDE in self.record.flags:
-            return "other trials ran side by side with it"
+            return "trials ran side by side on the same devices"
         if self.record.resumed_step is not None:
             return "the trial was stopped and went on later"
         return None

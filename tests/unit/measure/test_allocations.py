@@ -11,7 +11,7 @@ from bench.measure.allocations import allocations
 from tests.unit.report.trial_factory import make_cell, make_record
 
 
-def record(*, job=None, hosts=("a", "b"), latency=1e-4, rate=1e9, offset=0.0, differences=None, simulated=False, trial=0):
+def record(*, job=None, hosts=("a", "b"), latency=1e-4, rate=1e9, offset=0.0, differences=None, simulated=False, flags=(), trial=0):
     found = {
         "backend": "gloo", "all_reduce_latency_seconds": latency, "all_reduce_bytes": 4 << 20, "all_reduce_bytes_per_second": rate,
         "clocks": {"1": {"offset_seconds": offset, "error_seconds": 1e-4}}, "differences": differences or {}, "seconds": 0.1,
@@ -22,7 +22,8 @@ def record(*, job=None, hosts=("a", "b"), latency=1e-4, rate=1e9, offset=0.0, di
         for node, (part, host) in enumerate(zip(made.parts, hosts, strict=True))
     ]
     scheduler = None if job is None else {"scheduler": "slurm", "job": job}
-    return dataclasses.replace(made, parts=parts, simulated_nodes=simulated, provenance={**made.provenance, "scheduler": scheduler})
+    provenance = {**made.provenance, "scheduler": scheduler}
+    return dataclasses.replace(made, parts=parts, simulated_nodes=simulated, flags=list(flags), provenance=provenance)
 
 
 def test_trials_of_one_job_are_one_allocation_with_their_median_and_their_worst():
@@ -73,4 +74,9 @@ def test_records_without_a_preflight_are_of_no_allocation(parts):
 
 def test_nodes_that_are_parts_of_one_machine_are_marked():
     (found,) = allocations([record(simulated=True)])
-    assert found.as_json()["simulated_nodes"] is True
+    assert (found.as_json()["simulated_nodes"], found.as_json()["side_by_side"]) == (True, False)
+
+
+def test_links_that_trials_shared_are_marked():
+    (found,) = allocations([record(trial=0), record(trial=1, flags=["side by side"])])
+    assert found.as_json()["side_by_side"] is True

@@ -37,6 +37,7 @@ def test_the_old_benchmarks_sizes_are_met(name: str, billions: float) -> None:
 def test_known_counts_are_exact() -> None:
     assert parameter_count("bloom-560m") == 559_214_592
     assert parameter_count("llama-7b") == 6_738_415_616
+    assert parameter_count("llama-13b") == 13_015_864_320
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))

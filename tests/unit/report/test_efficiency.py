@@ -70,7 +70,7 @@ def test_lora_needs_no_gradients_of_frozen_weights() -> None:
     [
         ({"facts": {"device_name": "cpu"}, "emulated": True}, "ColossalAI was emulated on a CPU"),
         ({"launcher": "fork"}, "ranks were started by fork, which makes no timing claims"),
-        ({"flags": [SIDE_BY_SIDE]}, "other trials ran side by side with it"),
+        ({"flags": [SIDE_BY_SIDE]}, "trials ran side by side on the same devices"),
         ({"facts": {"device_name": "NVIDIA X1"}}, "NVIDIA X1: no row in bench/measure/devices.py; one with its source would be right"),
         ({"facts": {"device_name": None}}, "the record names no device"),
         ({"facts": {"device_name": "Tesla T4"}}, "Tesla T4 has no matrix units for bf16; it has fp32, fp16"),

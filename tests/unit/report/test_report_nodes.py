@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from bench.record import SIDE_BY_SIDE
 from bench.report.analysis import read_analysis
 from bench.report.commands import report
 from bench.report.nodes import TITLE, node_tables
@@ -32,8 +35,9 @@ def test_a_row_has_the_network_the_clock_and_nobody_who_differs(tmp_path: Path) 
     assert row["all-reduce bandwidth"].kind == ""
 
 
-def test_nodes_of_one_machine_have_a_greyed_network(tmp_path: Path) -> None:
-    (row,) = table(tmp_path, record(simulated=True))
+@pytest.mark.parametrize("changes", [{"simulated": True}, {"flags": [SIDE_BY_SIDE]}])
+def test_nodes_of_one_machine_and_trials_side_by_side_have_a_greyed_network(tmp_path: Path, changes: dict[str, Any]) -> None:
+    (row,) = table(tmp_path, record(**changes))
     assert (row["all-reduce latency"].kind, row["all-reduce bandwidth"].kind) == ("muted", "muted")
 
 
