@@ -156,17 +156,8 @@ def make_package(tree: Tree, package: Path, kernels: tuple[Kernels, Path] | None
         for name in kernels[0].modules:
             shutil.copy(kernels[1] / name, modules / name)
     byte_code = [
-        "-m",
-        "compileall",
-        "-q",
-        "--invalidation-mode",
-        "unchecked-hash",
-        "-s",
-        "/package",
-        "-p",
-        "/",
-        "/package/opt/coati-bench/bench",
-    ]
+        "-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash", "-s", "/package", "-p", "/", "/package/opt/coati-bench/bench",
+    ]  # fmt: skip
     tree.run(["/opt/venv/bin/python", *byte_code], {package: "/package"}, what="package")
     set_modes(package)
     return source

@@ -66,19 +66,9 @@ def fetch(requirements: str, house: Path, *, python: str | None, what: str) -> N
         listed = Path(scratch) / "requirements.txt"
         listed.write_text(requirements, encoding="utf-8")
         command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "-q",
-            "--no-cache-dir",
-            "--no-deps",
-            "--require-hashes",
-            "-r",
-            str(listed),
-            "-d",
-            str(house),
-        ]
+            sys.executable, "-m", "pip", "download", "-q", "--no-cache-dir", "--no-deps", "--require-hashes",
+            "-r", str(listed), "-d", str(house),
+        ]  # fmt: skip
         if python is None:
             command += ["--no-binary", ":all:", "--no-build-isolation"]
         else:
