@@ -42,6 +42,7 @@ from bench.trial import Trial, save_trial
 MOST_TRIES = 3
 LOG_LINES, LOG_BYTES = 12, 4000
 """How much of a log's end goes into a reason."""
+SHARED_MEMORY = "trials side by side shared the device's memory, so it says nothing of what the strategy needs"
 STALE_LOCK = "stale build lock broken"
 """Flag: an earlier build of kernels had died, and this trial may have built them anew."""
 
@@ -159,6 +160,8 @@ def _try(trial: Trial, launcher: Launcher, stop: Stop, devices: list[Device], te
     verdict = classify(seen)
     own, others = Readings.of(telemetry), other_nodes(trial)
     alone = trial.limits.side_by_side == 1
+    if not alone and verdict.outcome == "oom":
+        verdict = verdict._replace(reason=f"{verdict.reason}; {SHARED_MEMORY}")
     if alone and (strangers := foreign_processes(own, others)) and verdict.outcome == "ok":
         verdict = Verdict("invalid", f"a process of somebody else computed on the devices meanwhile: {', '.join(strangers)}")
     observed = _observed(trial, watched) | observe(own, others, seen.parts, telemetry_file)

@@ -116,6 +116,12 @@ def test_exit_code_75_is_out_of_memory_even_without_a_part(run):
     assert run({1: "oom_without_part"}).outcome == "oom"
 
 
+def test_out_of_memory_beside_other_trials_says_so(run):
+    record = run({1: "say_oom"}, side_by_side=2)
+    assert record.outcome == "oom"
+    assert record.reason.endswith("; trials side by side shared the device's memory, so it says nothing of what the strategy needs")
+
+
 def test_the_kernels_kill_for_want_of_memory_is_oom_and_not_error(run, memory_group):
     record = run({1: "exhaust_memory"}, facts={"cgroup": str(memory_group)})
     assert (record.outcome, record.reason) == ("oom", "host memory: the kernel killed rank 1 (phase start, step 0)")
