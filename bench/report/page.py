@@ -278,9 +278,18 @@ def _grid(analysis: Analysis, stage: str) -> Grid:
         states[(cell.strategy, key)].append(state)
     rows = sorted({cell.strategy for cell, _ in entries}, key=lambda name: (name != "naive", name))
     columns = sorted(names, key=lambda key: tuple(map(_sortable, key)))
-    worst = {key: min(found, key=WORST_FIRST.index) for key, found in states.items()}
-    lines = tuple((name, tuple(worst.get((name, key), "") for key in columns)) for name in rows)
+    lines = tuple((name, tuple(_together(states.get((name, key), [])) for key in columns)) for name in rows)
     return Grid(tuple(names[key] for key in columns), lines)
+
+
+def _together(states: list[str]) -> str:
+    """The state of cells that share a place: the worst, but where some ran the others are what is missing of it.
+
+    >>> _together(["ok", "missing"]), _together(["missing", "missing"]), _together(["missing", "ok", "failed"]), _together([])
+    ('partly', 'missing', 'failed', '')
+    """
+    worst = min(states, key=WORST_FIRST.index, default="")
+    return "partly" if worst == "missing" and {"ok", "partly"} & set(states) else worst
 
 
 def _sortable(value: object) -> tuple[str, int]:
