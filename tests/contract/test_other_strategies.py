@@ -62,7 +62,7 @@ def test_a_stage_on_two_ranks_is_that_of_naive(run, strategy, stage, lora_rank):
 
 
 @pytest.mark.parametrize("stage", SIZES)
-def test_adapters_so_small_that_zero3_keeps_them_gathered_are_in_shares_all_the_same(run, stage):
+def test_adapters_so_small_that_deepspeed_keeps_them_gathered_are_in_shares_all_the_same(run, stage):
     """As those of every larger model are: below `stage3_param_persistence_threshold`."""
     checks = run(stage, "deepspeed_zero3", 2, micro_batch=2, lora_rank=1).evidence.checks
     found = {(check.model, check.what): check.state for check in checks}
