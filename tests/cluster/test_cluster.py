@@ -142,12 +142,12 @@ def test_a_node_cut_off_in_mid_step_is_a_timeout_and_its_ranks_end_by_themselves
 
 
 def test_a_trial_over_its_time_limit_is_ended_on_all_nodes(bench):
-    bench.plan("strategy: [ddp], nodes: [2]", steps=5000, timeout=30)
+    bench.plan("strategy: [ddp], nodes: [2]", steps=5000, timeout=20)
     bench.prepare()
     bench.submit(bench.the_block(), 2)
     record = bench.record(240)
     assert (record.outcome, record.attempt) == ("timeout", 1)
-    assert record.reason.startswith("longer than 30 s (")
+    assert record.reason.startswith("longer than 20 s (")
     assert record.observed["time_to_detection_seconds"] < 60
     bench.slurm.await_quiet(120)
     assert bench.slurm.hosts.with_text(*RANKS) == []
