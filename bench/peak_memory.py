@@ -106,14 +106,13 @@ class _Plan:
         return found
 
     def _times_gradients(self, *, trains: bool, stepping: bool) -> int:
-        """How often the gradients of a model, in its storage type, are there. Gemini's chunks of accumulated ones are never given back."""
+        """How often the gradients of a model, in its storage type, are there."""
         strategy = self.strategy
         if strategy.keeps_buckets:
             return 2 if trains and not stepping else 1
         if stepping and strategy.spends_gradients and self.cell.settings.precision in MASTER_MODES:
             return 0
-        always = strategy.uses_colossalai and "parameters" in strategy.sharded and self.cell.accumulation > 1
-        return 1 if always or trains else 0
+        return 1 if trains or (strategy.keeps_accumulated and self.cell.accumulation > 1) else 0
 
     def kept(self, role: str, work: Sequences) -> float:
         """What the layers of a model here keep of a forward pass over `work`."""

@@ -59,6 +59,11 @@ class Limits:
     side_by_side: Count = 1
     """Trials of a block that run at once and share devices: quick for parity and evidence; above 1 no time or memory is claimed."""
 
+    @property
+    def shares_devices(self) -> bool:
+        """Whether other trials may run beside one, on the same devices."""
+        return self.side_by_side > 1
+
 
 @dataclass(config=STRICT, frozen=True, slots=True, kw_only=True)
 class Suite:

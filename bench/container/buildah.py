@@ -66,11 +66,8 @@ class Tree(NamedTuple):
     def unpack(self, rootfs: Path) -> None:
         """Begin with a root file system, which is a tar."""
         run([*self.program, "from", "--name", CONTAINER, "scratch"], environment=self.environment)
-        run(
-            self.within('tar -xpf "$1" -C "$root" --numeric-owner', str(rootfs)),
-            what=f"unpacking {rootfs.name}",
-            environment=self.environment,
-        )
+        script = self.within('tar -xpf "$1" -C "$root" --numeric-owner', str(rootfs))
+        run(script, what=f"unpacking {rootfs.name}", environment=self.environment)
 
     def run(self, command: Sequence[str], mounts: Mapping[Path, str], *, what: str, variables: Mapping[str, str] | None = None) -> None:
         """Run a command as root inside, without a network; `mounts` says where folders lie meanwhile ("/x", or "/x:ro")."""

@@ -70,7 +70,7 @@ def flags(trial: Trial, parts: list[Part]) -> list[str]:
     if (step := resumed_step(parts)) is not None:
         found.append(f"resumed: step {step}")
     found += [f"forced: {key}={value}" for key, value in sorted(all_strategies()[cell.strategy].forced_settings(cell).items())]
-    if trial.limits.side_by_side > 1:
+    if trial.limits.shares_devices:
         found.append(SIDE_BY_SIDE)
     missing = sorted(set(range(cell.world_size)) - {part.rank for part in parts})
     if missing:

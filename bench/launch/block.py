@@ -85,13 +85,15 @@ def _run_one(plan: Plan, block: Block, layout: Layout, number: int, *, parent: F
     saved = None if trial.save_to is None else Path(trial.save_to)
     path = layout.record(cell_id, block.trial)
     title = f"[{number + 1}/{len(block.cells)}] {describe(plan.cells[cell_id])}"
-    with Line(title, alone=plan.limits.side_by_side == 1) as line:
+    with Line(title, alone=not plan.limits.shares_devices) as line:
         record = kept = kept_record(path, trial, saved)
         if record is None:
             if saved is not None:
                 forget_weights(saved)
-            record = leave_failed_start(trial, path, problem) if problem else None
-            record = record or run_trial(trial, path, parent=parent, agents=agents, stop=stop)
+            if problem:
+                record = leave_failed_start(trial, path, problem)
+            else:
+                record = run_trial(trial, path, parent=parent, agents=agents, stop=stop)
         line.end(record.outcome, record.reason, kept=kept is not None)
     return record
 

@@ -121,7 +121,7 @@ def _try_with_devices(trial: Trial, launcher: Launcher, stop: Stop, telemetry: P
     try:
         if cell.settings.device == "cpu":
             return _try(trial, launcher, stop, [], telemetry)
-        with hold_devices(launcher.devices_here(trial), shared=trial.limits.side_by_side > 1, stopped=stop.wait) as devices:
+        with hold_devices(launcher.devices_here(trial), shared=trial.limits.shares_devices, stopped=stop.wait) as devices:
             broken = break_stale_locks()
             tried = _try(trial, launcher, stop, devices, telemetry)
             return replace(tried, flags=(*tried.flags, *([STALE_LOCK] if broken else [])))
@@ -159,10 +159,9 @@ def _try(trial: Trial, launcher: Launcher, stop: Stop, devices: list[Device], te
     seen = _gather(trial, job, watched, stop, 0 if kills is None else (oom_kills() or 0) - kills)
     verdict = classify(seen)
     own, others = Readings.of(telemetry), other_nodes(trial)
-    alone = trial.limits.side_by_side == 1
-    if not alone and verdict.outcome == "oom":
-        verdict = verdict._replace(reason=f"{verdict.reason}; {SHARED_MEMORY}")
-    if alone and (strangers := foreign_processes(own, others)) and verdict.outcome == "ok":
+    if trial.limits.shares_devices:
+        verdict = verdict._replace(reason=f"{verdict.reason}; {SHARED_MEMORY}") if verdict.outcome == "oom" else verdict
+    elif (strangers := foreign_processes(own, others)) and verdict.outcome == "ok":
         verdict = Verdict("invalid", f"a process of somebody else computed on the devices meanwhile: {', '.join(strangers)}")
     observed = _observed(trial, watched) | observe(own, others, seen.parts, telemetry_file)
     parts = tuple(seen.parts.values())

@@ -8,6 +8,7 @@ from statistics import median
 from bench.measure.allocations import Allocated, allocations
 from bench.report.analysis import CellResult
 from bench.report.detail_tables import Detail
+from bench.report.registry import SHARED_DEVICES
 from bench.report.tables import Column, Line, Table, TableCell
 from bench.report.text import DASH, number
 
@@ -38,7 +39,7 @@ def _timed(allocated: Allocated, values: Sequence[float], unit: float, worst: Ca
     middle = median(values) / unit
     note = f"worst {number(worst(values) / unit)}" if len(values) > 1 else ""
     hint = "nodes on one machine have no network between them" if allocated.simulated else ""
-    hint = hint or ("trials ran side by side on the same devices" if allocated.side_by_side else "")
+    hint = hint or (SHARED_DEVICES if allocated.side_by_side else "")
     return TableCell(number(middle), note, middle, "muted" if hint else "", hint)
 
 

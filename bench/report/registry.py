@@ -14,6 +14,8 @@ from bench.report.parity import NOTHING_TRAINED, trained_nothing
 from bench.report.windows import Window, cut_window, job_laps
 
 GIB = 2**30
+SHARED_DEVICES = "trials ran side by side on the same devices"
+"""Why what was measured of such trials means nothing."""
 SHARE = "share of "
 """Units that begin so are shares of something named."""
 STAGES = tuple(SETTINGS)
@@ -157,7 +159,7 @@ class Trial:
         if self.record.launcher == "fork":
             return f"ranks were started by {self.record.launcher}, which makes no timing claims"
         if SIDE_BY_SIDE in self.record.flags:
-            return "trials ran side by side on the same devices"
+            return SHARED_DEVICES
         if self.record.resumed_step is not None:
             return "the trial was stopped and went on later"
         return None

@@ -93,7 +93,7 @@ def _smallest(found: Callable[[float], float], low: float = 0.0, high: float = _
 
 def families(plan: Plan) -> tuple[Family, ...]:
     """The families of a plan in which times will be compared: `naive` is there, and the strategies make timing claims."""
-    if plan.limits.side_by_side > 1:
+    if plan.limits.shares_devices:
         return ()
     groups: dict[str, list[Cell]] = defaultdict(list)
     for cell in plan.cells.values():

@@ -125,6 +125,8 @@ class Strategy(ABC):
     """Whether a step in a mode with masters copies all of a rank's 16-bit gradients to fp32 at once."""
     spends_gradients: ClassVar[bool] = False
     """Whether those 16-bit gradients are gone once they are copied."""
+    keeps_accumulated: ClassVar[bool] = False
+    """Whether room in which gradients were accumulated is never given back, that of every model (Gemini's chunks)."""
     keeps_buckets: ClassVar[bool] = False
     """Whether room for all gradients of every model is always there, in which the last micro-step's lie (DDP's buckets)."""
     flat_updates: ClassVar[bool] = False

@@ -48,7 +48,7 @@ def configuration(module: nn.Module, cell: Cell, *, stage: int) -> dict[str, Any
     """DeepSpeed's configuration of one model. All that is not named is at DeepSpeed's defaults."""
     sizes = [(parameter, getattr(parameter, "ds_numel", parameter.numel())) for parameter in module.parameters()]
     elements = sum(size for _, size in sizes)
-    bucket = min(LARGEST_BUCKET, sum(size for parameter, size in sizes if parameter.requires_grad) or elements)
+    bucket = bucket_elements(sum(size for parameter, size in sizes if parameter.requires_grad) or elements)
     return {
         "train_micro_batch_size_per_gpu": cell.settings.micro_batch,
         "gradient_accumulation_steps": cell.accumulation,
@@ -63,6 +63,11 @@ def configuration(module: nn.Module, cell: Cell, *, stage: int) -> dict[str, Any
         },
         **PRECISION[cell.settings.precision],
     }
+
+
+def bucket_elements(elements: int) -> int:
+    """Elements of a bucket that so many fill."""
+    return min(LARGEST_BUCKET, elements)
 
 
 def lay_out(module: nn.Module, cell: Cell, device: torch.device, optimizer: torch.optim.Optimizer | None, *, stage: int) -> tuple[Any, Any]:

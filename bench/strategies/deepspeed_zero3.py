@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from bench.cell import Cell
 from bench.errors import CheckpointError
-from bench.strategies.deepspeed_zero import LARGEST_BUCKET, DeepSpeedZero, DeepSpeedZeroEngine, lay_out, plain
+from bench.strategies.deepspeed_zero import DeepSpeedZero, DeepSpeedZeroEngine, bucket_elements, lay_out, plain
 from bench.strategies.training_state import kept, put_back
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class DeepSpeedZero3(DeepSpeedZero):
 
     def reserved_elements(self, trainable: int) -> int:
         """See `Strategy.reserved_elements`. The bucket in which gradients are reduced."""
-        return min(LARGEST_BUCKET, trainable)
+        return bucket_elements(trainable)
 
     def __init__(self) -> None:
         self._engines: list[object] = []

@@ -160,6 +160,7 @@ class Gemini(Strategy):
     uses_colossalai = True
     sharded = frozenset({"parameters", "gradients", "optimizer"})
     copies_gradients = False
+    keeps_accumulated = True
     placement: ClassVar[dict[str, Any]] = {"placement_policy": "static"}
     """Arguments of GeminiPlugin that say where chunks lie."""
 
