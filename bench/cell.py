@@ -70,8 +70,9 @@ class Settings:
     """`strong` keeps the global batch as ranks are added; `weak` multiplies it by their number."""
     sequence_length: Annotated[int, Field(ge=8)] = 512
     """Longest sequence in tokens; longer ones are cut at the end."""
-    optimizer: Literal["adamw", "fused", "hybrid"] = "adamw"
-    """AdamW: torch's tensor by tensor, torch's fused one, or ColossalAI's HybridAdam. A strategy may force another; the record says so."""
+    optimizer: Literal["adamw", "foreach", "fused", "hybrid"] = "adamw"
+    """AdamW: torch's plain one, tensor by tensor; its `foreach`, all tensors at once; its fused one; or ColossalAI's HybridAdam. A suite
+    that names none gets what torch itself takes: `foreach` on cuda. A strategy may force another; the record says so."""
     learning_rate: NotNegative = 1e-5
     """Peak learning rate."""
     weight_decay: NotNegative = 0.0

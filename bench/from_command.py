@@ -100,8 +100,7 @@ def suite_from_command(text: str) -> Carried:
         draft.drop(f"{draft.ranks} processes", "naive of v0.2.8 never communicated: so many copies of one run; one process was taken")
         command.nodes = command.processes = 1
     draft.settings |= {"device": "cuda", "precision": "bf16-master", "clip_norm": None}
-    if strategy != "naive" and strategy != "ddp":
-        draft.settings["optimizer"] = "hybrid"
+    draft.settings["optimizer"] = "adamw" if strategy in ("naive", "ddp") else "hybrid"
     if draft["grad_checkpoint"] or draft["model"] == "llama":
         draft.settings["activation_checkpointing"] = True
     _STAGES[command.stage](draft)

@@ -162,6 +162,8 @@ class _Expansion:
         merged = settings_for(self.suite, axes, extra)
         if merged.get("weights", "random") == "random" and not merged.get("tokenizer_data"):
             merged["tokenizer_data"] = [self._tokenizer_data(axes, merged)]
+        if merged.get("device", "cuda") == "cuda":
+            merged.setdefault("optimizer", "foreach")
         key = axes["stage"] + canonical_json(merged)
         if key not in self._settings:
             self._settings[key] = self._validated(axes["stage"], merged, path)

@@ -4,8 +4,8 @@ States (`bench.needs`) are always there. On top of them comes the largest of som
 
 * the loss of a micro-batch: what its layers keep for the backward pass, its logits with their gradient; and the gradients, if an
   earlier micro-step of the same step has left them there;
-* the optimizer step: all gradients, their fp32 copies in modes with master weights, and what AdamW computes beside them, tensor by
-  tensor;
+* the optimizer step: all gradients, their fp32 copies in modes with master weights, and what AdamW computes beside them, of all tensors
+  at once or tensor by tensor;
 * PPO: also scoring (logits without gradient) and the rollout (key-value cache, logits of one position, the draw).
 
 Left out: buffers of communication that come and go, chunks and layers gathered one by one, the workspaces of matrix products (64 MiB
@@ -160,9 +160,7 @@ class _Plan:
         return sum(self.gathered_bytes(other) for other, model in self.models.items() if other != role and not model.frozen)
 
     def step_bytes(self, role: str) -> float:
-        """What an optimizer step makes beside its states: fp32 copies of 16-bit gradients, and AdamW's square root of the second moments of
-        one tensor, twice, if it is torch's plain one.
-        """
+        """What an optimizer step makes beside its states: fp32 copies of 16-bit gradients, and AdamW's square roots of second moments."""
         if "optimizer" in self.strategy.offloaded:
             return 0.0
         settings = self.cell.settings
@@ -170,9 +168,15 @@ class _Plan:
         elements = -(-held.trainable // shares)
         copies = 4 if settings.precision in MASTER_MODES and self.strategy.copies_gradients else 0
         largest = min(held.trainable, self.models[role].largest_update // held.ways) / shares
-        optimizer = self.strategy.forced_settings(self.cell).get("optimizer", settings.optimizer)
-        roots = (2 if settings.precision == "bf16-pure" else 4) if optimizer == "adamw" else 0
-        return elements * copies + 2 * roots * (elements if self.strategy.flat_updates else largest)
+        moment = 2 if settings.precision == "bf16-pure" else 4
+        return elements * copies + moment * self._roots(elements, elements if self.strategy.flat_updates else largest)
+
+    def _roots(self, elements: int, largest: float) -> float:
+        """Square roots of second moments that are there at once: of all elements, of the largest tensor twice (a quotient beside its
+        root), or none, by torch's AdamW.
+        """
+        optimizer = self.strategy.forced_settings(self.cell).get("optimizer", self.cell.settings.optimizer)
+        return {"foreach": elements, "adamw": 2 * largest}.get(optimizer, 0)
 
 
 def _training(plan: _Plan, role: str, work: Sequences, heads: float, beside: float = 0.0) -> Iterator[Moment]:

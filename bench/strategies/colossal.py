@@ -94,7 +94,7 @@ def load_loss_scale(mixin: Any, state: dict[str, Any]) -> None:
 
 
 def forced_hybrid(cell: Cell) -> dict[str, Any]:
-    """The setting that a strategy forces that takes ColossalAI's Adam only; on a CPU, which has no kernels of it, torch's stands in."""
+    """The setting that a strategy forces that takes ColossalAI's Adam only; on a CPU, which has no kernels of it, a plain one stands in."""
     wanted = "hybrid" if cell.settings.device == "cuda" else "adamw"
     return {} if cell.settings.optimizer == wanted else {"optimizer": wanted}
 

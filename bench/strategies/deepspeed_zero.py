@@ -167,7 +167,7 @@ class DeepSpeedZero(Strategy):
     def unsupported(self, cell: Cell) -> str | None:
         """See `Strategy.unsupported`."""
         if cell.settings.optimizer == "hybrid":
-            return f"{self.name}: optimizer hybrid is ColossalAI's; adamw or fused would be right"
+            return f"{self.name}: optimizer hybrid is ColossalAI's; adamw, foreach or fused would be right"
         return super().unsupported(cell)
 
     def emulated(self, cell: Cell) -> bool:

@@ -72,7 +72,7 @@ class FabricStrategy(Strategy):
     def unsupported(self, cell: Cell) -> str | None:
         """See `Strategy.unsupported`."""
         if cell.settings.optimizer == "hybrid":
-            return "fabric: optimizer hybrid is ColossalAI's; adamw or fused would be right"
+            return "fabric: optimizer hybrid is ColossalAI's; adamw, foreach or fused would be right"
         return super().unsupported(cell)
 
     def start(self, cell: Cell, device: torch.device) -> None:  # noqa: ARG002

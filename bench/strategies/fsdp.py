@@ -150,7 +150,7 @@ class Fsdp(Strategy):
     def unsupported(self, cell: Cell) -> str | None:
         """See `Strategy.unsupported`."""
         if cell.settings.optimizer == "hybrid":
-            return f"{self.name}: optimizer hybrid (ColossalAI's HybridAdam) takes no DTensors; adamw or fused would be right"
+            return f"{self.name}: optimizer hybrid (ColossalAI's HybridAdam) takes no DTensors; adamw, foreach or fused would be right"
         return super().unsupported(cell)
 
     def start(self, cell: Cell, device: torch.device) -> None:  # noqa: ARG002

@@ -95,9 +95,10 @@ def make_optimizer(parameters: list[Any], cell: Cell, learning_rate: float) -> t
     """The AdamW that the cell's settings name, on `parameters`."""
     import torch
 
-    if cell.settings.optimizer == "hybrid":
+    optimizer = cell.settings.optimizer
+    if optimizer == "hybrid":
         return hybrid_adam(parameters, cell, learning_rate)
-    return torch.optim.AdamW(parameters, fused=cell.settings.optimizer == "fused", **adamw_arguments(cell, learning_rate))
+    return torch.optim.AdamW(parameters, foreach=optimizer == "foreach", fused=optimizer == "fused", **adamw_arguments(cell, learning_rate))
 
 
 def hybrid_adam(parameters: list[Any], cell: Cell, learning_rate: float) -> torch.optim.Optimizer:
@@ -117,7 +118,7 @@ def adamw_arguments(cell: Cell, learning_rate: float) -> dict[str, Any]:
 def optimizer_problem(cell: Cell) -> str | None:
     """Why the cell's optimizer cannot run on its device, or None."""
     if cell.settings.optimizer == "hybrid" and cell.settings.device != "cuda":
-        return "optimizer hybrid (HybridAdam) has kernels for cuda only; adamw or fused run on a cpu"
+        return "optimizer hybrid (HybridAdam) has kernels for cuda only; adamw, foreach or fused run on a cpu"
     return None
 
 

@@ -37,7 +37,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "precision": get_args(Precision),
     "model": ("bloom-tiny", "llama-tiny", "gpt2-tiny", "opt-tiny", "qwen2-tiny", "mistral-tiny"),
     "micro_batch": (2, 6),
-    "optimizer": ("adamw", "fused", "hybrid"),
+    "optimizer": ("adamw", "foreach", "fused", "hybrid"),
     "save_every": (None, 1),
     "degrees": ((1, 1), (2, 1), (1, 2), (3, 1), (1, 3)),
     "base_weights": ("stored", "int8", "nf4"),

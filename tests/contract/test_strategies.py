@@ -58,7 +58,7 @@ def test_a_precision_that_is_not_offered_is_unsupported_with_its_name(strategy: 
 @every_strategy
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_forced_settings_are_settings_and_differ_from_the_cell(strategy: str, device: str) -> None:
-    for optimizer in ("adamw", "fused", "hybrid"):
+    for optimizer in ("adamw", "foreach", "fused", "hybrid"):
         cell = make_cell(strategy, 1, precision=comparable(strategy), device=device, optimizer=optimizer)
         forced = all_strategies()[strategy].forced_settings(cell)
         validate_settings("sft", {"steps": 1, **forced})
@@ -118,6 +118,15 @@ def test_two_ranks_are_one_rank_at_the_same_global_batch(strategy: str) -> None:
     one, two = (trained(strategy, ranks, precision=comparable(strategy)) for ranks in (1, 2))
     assert two["losses"] == pytest.approx(one["losses"], rel=tolerance(strategy))
     assert two["norms"] == pytest.approx(one["norms"], rel=10 * tolerance(strategy))
+
+
+@at_its_widest
+@pytest.mark.parametrize("optimizer", ["foreach", "fused"])
+def test_every_adamw_of_torch_has_the_same_losses(variant: str, ranks: int, optimizer: str) -> None:
+    precision = comparable(variant)
+    supported(variant, ranks, precision=precision, optimizer=optimizer)
+    losses = trained(variant, ranks, precision=precision, optimizer=optimizer)["losses"]
+    assert losses == pytest.approx(trained("naive", 1, precision=precision)["losses"], rel=tolerance(variant))
 
 
 @at_its_widest

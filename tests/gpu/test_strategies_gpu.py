@@ -46,7 +46,7 @@ def test_a_precision_mode_trains(strategy: str, precision: str) -> None:
 
 
 @every_strategy
-@pytest.mark.parametrize("optimizer", ["adamw", "fused", "hybrid"])
+@pytest.mark.parametrize("optimizer", ["adamw", "foreach", "fused", "hybrid"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16-pure", "bf16-master"])
 def test_every_optimizer_has_the_same_losses(strategy: str, optimizer: str, precision: str) -> None:
     losses = train(cell(strategy, optimizer=optimizer, precision=precision), 4)["losses"]

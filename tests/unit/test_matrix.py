@@ -131,6 +131,15 @@ def test_settings_that_contradict_each_other_are_mistakes(changes: dict[str, Any
         plan_of(**changes)
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [({}, "foreach"), ({"device": "cuda"}, "foreach"), ({"device": "cpu"}, "adamw"), ({"optimizer": "adamw"}, "adamw")],
+)
+def test_a_suite_that_names_no_optimizer_gets_torchs_own_choice_for_the_device(settings: dict[str, Any], expected: str) -> None:
+    cells = plan_of(settings=settings).cells.values()
+    assert {cell.settings.optimizer for cell in cells} == {expected}
+
+
 def test_include_adds_and_exclude_removes_cells() -> None:
     plan = plan_of(
         exclude=[{"strategy": ["ddp"]}],
