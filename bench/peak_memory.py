@@ -120,7 +120,15 @@ class _Plan:
         return kept_bytes(
             self.models[role], work, settings.precision, checkpointing=settings.activation_checkpointing, layers=held.layers,
             ways=held.ways,
-        ) + self.unpacked_bytes(role)  # fmt: skip
+        ) + self.unpacked_bytes(role) + self.cast_bytes(role)  # fmt: skip
+
+    def cast_bytes(self, role: str) -> float:
+        """The layers' matrices in bf16 beside their fp32 under autocast, kept for the backward pass as what it multiplies by."""
+        settings, held = self.cell.settings, self.held[role]
+        if settings.precision != "bf16-autocast":
+            return 0.0
+        layers = 1 if settings.activation_checkpointing else held.layers
+        return layers * sum(matrix.parameters for matrix in self.shape.matrices) * CACHE_BYTES[settings.precision] / held.ways
 
     def unpacked_bytes(self, role: str) -> float:
         """The largest weight in 8 or 4 bits, which is there in 16 (fp32: 32) bits while it is multiplied by."""
