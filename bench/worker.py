@@ -369,9 +369,8 @@ def join_group(device: torch.device, silence_seconds: float) -> None:
 
     One rank that was started without a launcher is a group of its own.
     """
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
-        os.environ.setdefault(name, value)
-    os.environ.setdefault("MASTER_PORT", _free_port())
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # port 0: any that is free
+    os.environ.update({name: value for name, value in alone.items() if name not in os.environ})
     on_gpu = device.type == "cuda"
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
@@ -388,12 +387,6 @@ def data_parallel_group(model_parallel_size: int) -> Any:
     ranks = range(dist.get_world_size())
     groups = [dist.new_group(list(ranks[place::model_parallel_size])) for place in range(model_parallel_size)]
     return groups[dist.get_rank() % model_parallel_size]
-
-
-def _free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def machine_facts(device: torch.device) -> dict[str, Any]:

@@ -31,9 +31,7 @@ def read_ceilings(files: Iterable[Path]) -> dict[str, Mapping[str, float]]:
 def _in_file(file: Path) -> list[dict[str, Any]]:
     content = _content(file)
     items = [item.get("ceilings", item) for item in (content if isinstance(content, list) else [content]) if isinstance(item, dict)]
-    found = [
-        item for item in items if isinstance(item, dict) and isinstance(item.get("matrix_flops_per_second"), dict) and "device" in item
-    ]
+    found = [item for item in items if _states_rates(item)]
     if not found:
         raise UserError(f"{file}: no ceilings; seen: no device with its matrix_flops_per_second; {RIGHT}")
     return found

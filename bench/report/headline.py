@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from bench.report.analysis import Analysis, CellResult, RankedSet, memory_metric
+from bench.report.differences import apart
 from bench.report.metrics import METRICS, primary_metric
-from bench.report.parity import NOTHING_TRAINED
+from bench.report.parity import NOTHING_TRAINED, compared
 from bench.report.statistics import Summary
 from bench.report.text import counted, listed, lora, number, ratio, shape, spread
 from bench.stages.base import SPECS
@@ -227,6 +228,13 @@ def answers(analysis: Analysis) -> list[Answer]:
 
 
 def _question(item: RankedSet, analysis: Analysis) -> str:
+    """What the set is about, and where others are named alike the settings that tell it from them."""
+    name = _set_name(item, analysis)
+    told = apart(compared(item.cell), [compared(it.cell) for it in analysis.ranked_sets if _set_name(it, analysis) == name])
+    return f"{name} · {told}" if told else name
+
+
+def _set_name(item: RankedSet, analysis: Analysis) -> str:
     """Stage, LoRA rank and ranks; model and precision where there are several."""
     cell, cells = item.cell, [result.cell for result in analysis.results]
     models, precisions = {it.model for it in cells}, {it.settings.precision for it in cells}

@@ -60,11 +60,16 @@ class Parity:
 
 
 def comparison_key(cell: Cell, free: Sequence[str] = SAME_SPEED) -> str:
-    """What a cell shares with its `naive` partner: stage, model, LoRA rank, step batch and all settings but `free`."""
+    """What a cell shares with its `naive` partner, as a text that can be compared."""
+    return canonical_json(compared(cell, free))
+
+
+def compared(cell: Cell, free: Sequence[str] = SAME_SPEED) -> dict[str, Any]:
+    """Stage, model, LoRA rank, step batch and all settings but `free`: what partners share."""
     content = {key: value for key, value in cell_to_json(cell).items() if key not in (*free, "strategy", "nodes", "processes_per_node")}
     if "prompts_per_iteration" in content:
         content["prompts_per_iteration"] *= cell.step_batch // cell.settings.global_batch
-    return canonical_json({**content, "step_batch": cell.step_batch})
+    return {**content, "step_batch": cell.step_batch}
 
 
 def precision_of(row: Row) -> str:

@@ -9,7 +9,9 @@ from statistics import median
 
 from markupsafe import Markup
 
+from bench.cell import Cell
 from bench.report.analysis import Analysis, CellResult, memory_metric
+from bench.report.differences import differing, named, settings_of
 from bench.report.inventory import BASELINE
 from bench.report.metrics import METRICS, NoValue, phase_means, primary_metric
 from bench.report.parity import FP32_CURVE, HALF_CURVE, HALF_STEPS, deviations, losses
@@ -69,13 +71,17 @@ def _facets(results: Sequence[CellResult]) -> Iterator[tuple[str, list[CellResul
 
 def _label(result: CellResult, members: Sequence[CellResult]) -> str:
     """Strategy, and what else tells it from its neighbours."""
-    cell = result.cell
-    label = cell.strategy if cell.world_size == 1 else f"{cell.strategy} {shape(cell)}"
-    if len({it.cell.settings.precision for it in members}) > 1:
-        label += f" {cell.settings.precision}"
-    if cell.settings.overlay is not None:
-        label += " modified"
-    return label
+    label, precisions = _name(result.cell), {it.cell.settings.precision for it in members}
+    alike = [settings_of(it.cell) for it in members if _name(it.cell) == label]
+    names = [name for name in differing(alike) if name != "precision"]
+    told = [result.cell.settings.precision] * (len(precisions) > 1) + [named(settings_of(result.cell), names)] * bool(names)
+    return " ".join([label, *told])
+
+
+def _name(cell: Cell) -> str:
+    """Strategy, ranks if there are several, and whether a package was somebody's own checkout."""
+    ranks = [] if cell.world_size == 1 else [shape(cell)]
+    return " ".join([cell.strategy, *ranks, *(["modified"] if cell.settings.overlay is not None else [])])
 
 
 def _legend(analysis: Analysis, results: Sequence[CellResult]) -> tuple[tuple[str, int, str], ...]:

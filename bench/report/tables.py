@@ -5,17 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from bench.cell import Cell, cell_to_json
+from bench.cell import Cell
 from bench.report.analysis import CellResult, memory_metric
+from bench.report.differences import apart, differing, named, settings_of, written
 from bench.report.metrics import METRICS, primary_metric
 from bench.report.provenance import without_paths
 from bench.report.statistics import Summary
 from bench.report.text import DASH, lora, number, ratio, shape, spread
-
-IDENTITY = ("stage", "model", "strategy", "lora_rank", "nodes", "processes_per_node")
-HIDDEN_SETTINGS = ("tokenizer_data", "overlay")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +63,17 @@ Make = Callable[[CellResult], TableCell]
 
 def stage_table(results: Sequence[CellResult], *, bands: bool) -> Table:
     """The table of one stage's cells; `bands` adds the reference band."""
-    varying, fixed = _settings(results)
+    contents = [settings_of(result.cell) for result in results]
+    varying = differing(contents)
+    fixed = tuple((name, written(value)) for name, value in contents[0].items() if name not in varying)
     own = [_setting(name) for name in varying if name == "precision"]
     rest = [name for name in varying if name != "precision"]
-    makers = [*identity_columns(results), *own, *_measured(results, bands=bands), *([_other_settings(rest)] if rest else [])]
+    makers = [
+        *identity_columns(results, told=["precision"]),
+        *own,
+        *_measured(results, bands=bands),
+        *([_other_settings(rest)] if rest else []),
+    ]
     lines = tuple(
         Line(tuple(make(result) for _, make in makers), result.cell.strategy, first)
         for result, first in zip(results, starts_of_groups(results), strict=True)
@@ -86,37 +90,24 @@ def _group(cell: Cell) -> tuple[object, ...]:
     return cell.model, cell.lora_rank, cell.nodes, cell.processes_per_node
 
 
-def _settings(results: Sequence[CellResult]) -> tuple[list[str], tuple[tuple[str, str], ...]]:
-    """Names of the settings that vary, and the others with their value."""
-    contents = [cell_to_json(result.cell) for result in results]
-    names = [name for name in contents[0] if name not in (*IDENTITY, *HIDDEN_SETTINGS)]
-    seen = {name: {_written(content[name]) for content in contents} for name in names}
-    varying = [name for name in names if len(seen[name]) > 1]
-    return varying, tuple((name, next(iter(seen[name]))) for name in names if name not in varying)
-
-
-def _written(value: Any) -> str:
-    return (
-        "none"
-        if value is None
-        else str(value).lower()
-        if isinstance(value, bool)
-        else f"{value:g}"
-        if isinstance(value, float)
-        else str(value)
-    )
-
-
 # -- columns -----------------------------------------------------------------------------------------------------
 
 
-def identity_columns(results: Sequence[CellResult]) -> list[tuple[Column, Make]]:
-    """What tells the cells of a stage apart: strategy, LoRA rank, ranks, and the model where there are several."""
-    strategy = Column("strategy", help="How model and optimizer state lie over ranks.")
+def identity_columns(results: Sequence[CellResult], told: Sequence[str] = ()) -> list[tuple[Column, Make]]:
+    """What tells the cells of a stage apart: strategy, LoRA rank, ranks, and the model where there are several.
+
+    Where cells are still alike, the settings stand below the strategy that tell them apart; not those that are `told` elsewhere.
+    """
+    contents = {result: {name: value for name, value in settings_of(result.cell).items() if name not in told} for result in results}
+    looks = {result: (result.cell.strategy, *_group(result.cell)) for result in results}
+
+    def strategy(result: CellResult) -> TableCell:
+        return _strategy(result, apart(contents[result], [contents[it] for it in results if looks[it] == looks[result]]))
+
     adapters = Column("LoRA", "rank", "Rank of the adapters; full trains all parameters.", numeric=True)
     ranks = Column("nodes × ranks", "per node", "Nodes times processes per node.")
     columns: list[tuple[Column, Make]] = [
-        (strategy, _strategy),
+        (Column("strategy", help="How model and optimizer state lie over ranks."), strategy),
         (adapters, lambda it: TableCell(lora(it.cell), sort=it.cell.lora_rank)),
         (ranks, lambda it: TableCell(shape(it.cell), sort=it.cell.world_size)),
     ]
@@ -125,26 +116,26 @@ def identity_columns(results: Sequence[CellResult]) -> list[tuple[Column, Make]]
     return columns
 
 
-def _strategy(result: CellResult) -> TableCell:
-    """The strategy, and which package was somebody's own checkout instead of the installed one."""
-    overlaid = [flag.removeprefix("modified: ") for flag in result.flags if flag.startswith("modified: ")]
+def _strategy(result: CellResult, settings: str) -> TableCell:
+    """The strategy, settings that tell it from others, and which package was somebody's own checkout instead of the installed one."""
+    name, overlaid = result.cell.strategy, [flag.removeprefix("modified: ") for flag in result.flags if flag.startswith("modified: ")]
     if result.cell.settings.overlay is None and not overlaid:
-        return TableCell(result.cell.strategy, sort=result.cell.strategy)
+        return TableCell(name, settings, sort=name)
     hint = f"runs another package than the installed one: {', '.join(overlaid) or 'of this trial there is no record'}"
-    return TableCell(result.cell.strategy, "modified", result.cell.strategy, "warn", hint)
+    return TableCell(name, ", ".join(filter(None, ("modified", settings))), name, "warn", hint)
 
 
 def _setting(name: str) -> tuple[Column, Make]:
     def make(result: CellResult) -> TableCell:
         value = getattr(result.cell.settings, name)
-        return TableCell(_written(value), sort=value if isinstance(value, (int, float)) else _written(value))
+        return TableCell(written(value), sort=value if isinstance(value, (int, float)) else written(value))
 
     return Column(name.replace("_", " "), help="A setting that differs between rows; see the suite's schema."), make
 
 
 def _other_settings(names: Sequence[str]) -> tuple[Column, Make]:
     def make(result: CellResult) -> TableCell:
-        text = ", ".join(f"{name} {_written(getattr(result.cell.settings, name))}" for name in names)
+        text = named(settings_of(result.cell), names)
         return TableCell(text, sort=text, kind="wrap")
 
     return Column("settings", help="Other settings that differ between rows."), make

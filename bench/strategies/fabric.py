@@ -76,8 +76,9 @@ class FabricStrategy(Strategy):
         return super().unsupported(cell)
 
     def start(self, cell: Cell, device: torch.device) -> None:  # noqa: ARG002
-        """See `Strategy.start`."""
+        """See `Strategy.start`. Fabric lets DDP lay out its buckets on a stream of its own, of which current torch warns."""
         warnings.filterwarnings("ignore", module=r"lightning_fabric\.")
+        warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")
 
     def prepare(self, module: nn.Module, cell: Cell, device: torch.device, *, learning_rate: float) -> Engine:  # noqa: ARG002
         """See `Strategy.prepare`. Fabric itself places the model on this rank's device."""

@@ -127,6 +127,20 @@ def test_torchrun_gives_the_losses_of_forked_ranks(run, root, strategy):
     assert only([load_part(trial.part_path(rank)) for rank in (0, 1)]).series["loss"] == pytest.approx(forked.series["loss"], rel=1e-6)
 
 
+@pytest.mark.parametrize("strategy", ["naive", "fabric", "deepspeed_zero2"])
+def test_a_rank_that_nobody_launched_is_alone(run, root, strategy, monkeypatch):
+    """Fabric and DeepSpeed read torchrun's variables themselves."""
+    if reason := kind_of(strategy).missing():
+        pytest.skip(reason)
+    changes = {"strategy": strategy, "precision": comparable(strategy)}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    forked, cell = only(run("sft", 1, **changes)), cell_of("sft", 1, **changes, launcher="torchrun")
+    trial = tiny_trial(cell, root / cell.cell_id)
+    launch([sys.executable], trial, root)
+    assert only([load_part(trial.part_path(0))]).series["loss"] == pytest.approx(forked.series["loss"], rel=1e-6)
+
+
 def launch(line: list[str], trial: Any, root: Path) -> None:
     file = root / f"{trial.parsed_cell.cell_id}.json"
     save_trial(trial, file)

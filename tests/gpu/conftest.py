@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,22 +13,26 @@ import torch
 import torch.distributed as dist
 
 
-@pytest.fixture(scope="module")
-def group() -> Iterator[None]:
-    """This process as the only rank of an NCCL group, on the first device."""
+@pytest.fixture(scope="session")
+def lone_group() -> Iterator[dict[str, str]]:
+    """The NCCL group of this process alone, on the first device, and torchrun's variables for it.
+
+    One for all modules: DeepSpeed keeps the groups it first made for as long as the process lives.
+    """
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with pytest.MonkeyPatch.context() as environment:
-        for name, value in rank.items():
-            environment.setenv(name, value)
-        torch.cuda.set_device(0)
-        dist.init_process_group("nccl", device_id=torch.device("cuda", 0))
-        yield
-        dist.destroy_process_group()
+    torch.cuda.set_device(0)
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=torch.device("cuda", 0))
+    yield {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def group(lone_group: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process as the only rank of a group, under torch's own functions: DeepSpeed's ZeRO-3 leaves its `linear` behind."""
+    for name, value in lone_group.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.nn.functional, "linear", torch.nn.functional.linear)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -325,6 +325,33 @@ def test_further_figures_stand_in_groups_below_the_main_table(tmp_path: Path) ->
     assert "HFU" not in main
 
 
+def test_rows_charts_and_answers_named_alike_say_in_what_they_differ(tmp_path: Path) -> None:
+    made = {"device": "cuda", "launcher": "torchrun", "model": "bloom-560m"}
+    cells = [make_cell("sft", name, steps=steps, **made) for name in ("naive", "ddp") for steps in (30, 60)]
+    cells.append(make_cell("sft", "zero2", steps=60, **made))
+    paths = report(suite_folder(tmp_path, [make_record(cell) for cell in cells]), tmp_path / "out")
+    text, page = paths.markdown.read_text(encoding="utf-8"), text_of(paths)
+    assert "full · 1 × 1 · steps 30 |" in text
+    assert "full · 1 × 1 · steps 60 |" in text
+    for table in (text.split("✓ ran")[1], text.split(": Memory\n")[1]):
+        rows = [line.split(" | ")[0] for line in table.split("| --- |", 1)[1].split("\n\n")[0].splitlines()[1:]]
+        assert sorted(rows) == [
+            "| ddp \\[steps 30\\]", "| ddp \\[steps 60\\]", "| naive \\[steps 30\\]", "| naive \\[steps 60\\]", "| zero2",
+        ]  # fmt: skip
+    assert "ddp steps 30" in page
+    assert "zero2 steps" not in page
+
+
+def test_a_row_of_somebodys_own_checkout_is_labelled_modified(tmp_path: Path) -> None:
+    cells = [
+        make_cell("sft", "zero2", device="cuda", launcher="torchrun", overlay=overlay)
+        for overlay in (None, {"colossalai": "/srv/checkout"})
+    ]
+    paths = report(suite_folder(tmp_path, [make_record(cell) for cell in cells]), tmp_path / "out")
+    assert "zero2 modified full 1 × 1" in text_of(paths)
+    assert "| zero2 \\[modified\\] |" in paths.markdown.read_text(encoding="utf-8")
+
+
 def test_figures_that_nobody_has_are_named_with_the_reason(tmp_path: Path) -> None:
     text = report(suite_folder(tmp_path, quick_suite()), tmp_path / "out").markdown.read_text(encoding="utf-8")
     speed = text.split(": Speed and efficiency")[1].split("###")[0]
