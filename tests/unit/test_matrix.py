@@ -12,6 +12,8 @@ import pytest
 
 from bench.errors import SuiteError
 from bench.matrix import Plan, expand, impossible, known_names, load_plan, make_plan, save_plan
+from bench.strategies.base import all_strategies
+from bench.strategies.requirement import Requirement
 from bench.suite import check_suite
 from tests.trials import tiny_cell
 
@@ -138,6 +140,14 @@ def test_settings_that_contradict_each_other_are_mistakes(changes: dict[str, Any
 def test_a_suite_that_names_no_optimizer_gets_torchs_own_choice_for_the_device(settings: dict[str, Any], expected: str) -> None:
     cells = plan_of(settings=settings).cells.values()
     assert {cell.settings.optimizer for cell in cells} == {expected}
+
+
+def test_an_included_cell_whose_strategy_is_not_installed_is_skipped_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(all_strategies()["deepspeed_zero2"], "requires", (Requirement("no-such-package", "1", extra="deepspeed"),))
+    plan = plan_of(include=[{"stage": "sft", "model": "bloom-tiny", "strategy": "deepspeed_zero2"}])
+    assert [(it.cell.strategy, it.reason) for it in plan.skipped] == [
+        ("deepspeed_zero2", "deepspeed_zero2: no-such-package is not installed; `make install-deepspeed` would be right")
+    ]
 
 
 def test_include_adds_and_exclude_removes_cells() -> None:
