@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import shlex
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from rich.text import Text
 
 from bench.cell import Cell
 from bench.data.sources import resolve
+from bench.differences import apart, settings_of
 from bench.layout import Layout
 from bench.matrix import Plan, Skipped
 from bench.measure.shape import shape_of
@@ -55,7 +56,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def _stage_table(stage: str, cells: list[Cell]) -> Table:
-    """Cells that differ in the LoRA rank only share a row."""
+    """Cells that differ in the LoRA rank only share a row; beside the strategy stand the settings that tell rows apart which look alike."""
     table = Table(title=SPECS[stage].title, title_justify="left", box=None, pad_edge=False)
     for column in (
         "model",
@@ -67,9 +68,14 @@ def _stage_table(stage: str, cells: list[Cell]) -> Table:
         "LoRA: states / peak of fullest rank",
     ):
         table.add_column(column)
-    rows: dict[tuple[str, ...], list[str]] = {}
+    alike: dict[tuple[str, ...], list[Cell]] = defaultdict(list)
     for cell in cells:
-        rows.setdefault(_row(cell), []).append(_state(cell))
+        alike[_row(cell)].append(cell)
+    rows: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for (model, strategy, *rest), twins in alike.items():
+        for cell in twins:
+            told = apart(settings_of(cell), [settings_of(twin) for twin in twins])
+            rows[model, f"{strategy} ({told})" if told else strategy, *rest].append(_state(cell))
     for row, states in list(rows.items())[:MOST_ROWS]:
         table.add_row(*row, "\n".join(states))
     if len(rows) > MOST_ROWS:

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from bench.differences import apart
 from bench.report.analysis import Analysis, CellResult, RankedSet, memory_metric
-from bench.report.differences import apart
 from bench.report.metrics import METRICS, primary_metric
 from bench.report.parity import NOTHING_TRAINED, compared
 from bench.report.statistics import Summary

@@ -10,8 +10,8 @@ from statistics import median
 from markupsafe import Markup
 
 from bench.cell import Cell
+from bench.differences import differing, named, settings_of
 from bench.report.analysis import Analysis, CellResult, memory_metric
-from bench.report.differences import differing, named, settings_of
 from bench.report.inventory import BASELINE
 from bench.report.metrics import METRICS, NoValue, phase_means, primary_metric
 from bench.report.parity import FP32_CURVE, HALF_CURVE, HALF_STEPS, deviations, losses

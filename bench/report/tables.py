@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from bench.cell import Cell
+from bench.differences import apart, differing, named, settings_of, written
 from bench.report.analysis import CellResult, memory_metric
-from bench.report.differences import apart, differing, named, settings_of, written
 from bench.report.metrics import METRICS, primary_metric
 from bench.report.provenance import without_paths
 from bench.report.statistics import Summary
