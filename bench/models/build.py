@@ -1,8 +1,9 @@
 """Models as one module each: the language model, and the scorer (reward model, critic) with its scalar head.
 
 Shapes: B sequences, T tokens. Weights are built in fp32 on the CPU, so that they are the same whatever the strategy, device
-and number of ranks; a strategy casts and moves them. Random weights come from `base_seed` alone, not from the trial's seed:
-trials repeat the training, not the model.
+and number of ranks; a strategy casts and moves them. Asked for `shapes`, a model has none: it is on torch's meta device, for a
+strategy that sends the first rank's weights to the others (`Strategy.shapes_suffice`). Random weights come from `base_seed` alone,
+not from the trial's seed: trials repeat the training, not the model.
 """
 
 from __future__ import annotations
@@ -60,26 +61,29 @@ class Scorer(nn.Module):
         return self.value_head(hidden_BTH).squeeze(-1).float()
 
 
-def build_policy(trial: Trial) -> PreTrainedModel:
-    """The causal language model of `trial`, fp32, on the CPU, without adapters.
+def build_policy(trial: Trial, *, shapes: bool = False) -> PreTrainedModel:
+    """The causal language model of `trial`, fp32, on the CPU, without adapters; `shapes`: without weights.
 
     Its weights are those of the start `policy` if the trial has one, else what `settings.weights` says. Raises UserError for
     a model that cannot be had here, CheckpointError for a start that does not fit.
     """
     cell, start = trial.parsed_cell, trial.start("policy")
-    model = _language_model(cell, replaced=start is not None)
-    if start is not None:
+    model = _shapes(cell) if shapes else _language_model(cell, replaced=start is not None)
+    if start is not None and not shapes:
         load_checkpoint(model, Path(start.path), part="all")
     return _ready(model, cell)
 
 
-def build_scorer(trial: Trial, *, fresh_head: bool, source: str) -> Scorer:
-    """A reward model or critic, fp32, on the CPU, without adapters.
+def build_scorer(trial: Trial, *, fresh_head: bool, source: str, shapes: bool = False) -> Scorer:
+    """A reward model or critic, fp32, on the CPU, without adapters; `shapes`: without weights.
 
     `source` names the start (`policy` or `reward`) that the backbone comes from, and the head too unless `fresh_head`. Without that
     start the backbone is what `settings.weights` says and the head is fresh. A fresh head is seeded by `base_seed`.
     """
     cell, start = trial.parsed_cell, trial.start(source)
+    if shapes:
+        with torch.device("meta"):
+            return _ready(Scorer(_shapes(cell).base_model), cell)
     language_model = _language_model(cell, replaced=start is not None)
     with seeded(cell.settings.base_seed + HEAD_SEED_OFFSET):
         scorer = Scorer(language_model.base_model)
@@ -122,6 +126,14 @@ def _language_model(cell: Cell, *, replaced: bool) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(
             name, revision=revision, config=model_config(cell), torch_dtype=torch.float32, trust_remote_code=False
         )
+
+
+def _shapes(cell: Cell) -> PreTrainedModel:
+    """The model of `cell` on the meta device: names, shapes, what is tied; no weights."""
+    with torch.device("meta"), no_init_weights():
+        model = AutoModelForCausalLM.from_config(model_config(cell), torch_dtype=torch.float32)
+    model.tie_weights()
+    return model
 
 
 def model_config(cell: Cell) -> PretrainedConfig:
@@ -267,8 +279,13 @@ def lora_targets(module: nn.Module) -> list[str]:
     return names
 
 
-def initial_sha256(module: nn.Module) -> str:
-    """Hash of all parameters of `module`, adapters included: names, types, shapes and values; a tied tensor counts once."""
+def initial_sha256(module: nn.Module) -> str | None:
+    """Hash of all parameters of `module`, adapters included: names, types, shapes and values; a tied tensor counts once.
+
+    None for a model without weights, which another rank has.
+    """
+    if any(parameter.is_meta for parameter in module.parameters()):
+        return None
     return tensor_digest(module.named_parameters())
 
 

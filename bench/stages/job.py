@@ -80,7 +80,7 @@ def started_from(trial: Trial) -> dict[str, str]:
     return {item.name: item.sha256 for item in trial.starts}
 
 
-def model_facts(counts: dict[str, int], initial_sha256: str, lora: dict[str, Any], config: PretrainedConfig) -> dict[str, Any]:
+def model_facts(counts: dict[str, int], initial_sha256: str | None, lora: dict[str, Any], config: PretrainedConfig) -> dict[str, Any]:
     """A trained model's facts under the names that reports read."""
     return {
         "model_config": config_sizes(config.to_dict()),

@@ -80,12 +80,13 @@ def build_models(trial: Trial, strategy: Strategy, place: Place) -> Models:
     """(19) Policy and reference from the start `policy`; (20) critic and reward model from the start `reward`, or with a fresh head."""
     cell = trial.parsed_cell
     settings, switches = cell.settings, frozenset(cell.semantics_switches)
-    policy = build_policy(trial)
+    shapes = strategy.shapes_suffice(cell, place.rank)
+    policy = build_policy(trial, shapes=shapes)
     places, config = accepts_position_ids(policy), policy.config
     reference = strategy.place_frozen(policy, cell, place.device)
     place.beat()
     fresh = settings.reward_model == "fresh-head"
-    critic = build_scorer(trial, fresh_head=fresh, source="policy" if fresh else "reward")
+    critic = build_scorer(trial, fresh_head=fresh, source="policy" if fresh else "reward", shapes=shapes)
     reward = strategy.place_frozen(critic, cell, place.device)
     place.beat()
     lora, critic_lora = add_lora(policy, cell, trial.seed), add_lora(critic, cell, trial.seed + 1)

@@ -80,7 +80,8 @@ class Rm:
         encoded = self._encode([split.train[row] for row in used], "training")
         self._pairs = dict(zip(used, encoded, strict=True))
         self._held_out = self._encode(split.held_out, "held-out")
-        scorer = build_scorer(trial, fresh_head=True, source="policy")  # (11)
+        shapes = strategy.shapes_suffice(self._cell, place.rank)
+        scorer = build_scorer(trial, fresh_head=True, source="policy", shapes=shapes)  # (11)
         self._config = scorer.config
         self._lora = add_lora(scorer, self._cell, trial.seed)
         self._places = accepts_position_ids(scorer)

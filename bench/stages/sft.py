@@ -113,7 +113,7 @@ class Sft:
         check_responses(encoded, settings.sequence_length)
         self._sequences = dict(zip(used, encoded, strict=True))
         self._held_out = collate.encode_instruct(split.held_out, self._tokenizer, settings.sequence_length, place.beat)
-        policy = build_policy(trial)
+        policy = build_policy(trial, shapes=strategy.shapes_suffice(self._cell, place.rank))
         self._config = policy.config
         self._lora = add_lora(policy, self._cell, trial.seed)
         window, places = HeadWindow(policy), accepts_position_ids(policy)

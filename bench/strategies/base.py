@@ -137,6 +137,8 @@ class Strategy(ABC):
     """Whether it splits one model over ranks that see the same sequences (settings `tensor_parallel`, `pipeline_parallel`)."""
     quantises: ClassVar[bool] = False
     """Whether the base under LoRA may be in 8 or 4 bits (setting `base_weights`), in shards where frozen weights are."""
+    quantising_threads: ClassVar[tuple[str, ...]] = ()
+    """Where its authors were asked for that, as `owner/repository#number`."""
     resumable: ClassVar[bool] = True
     """Whether its engines can save their training state and go on from it (setting `save_every`)."""
 
@@ -159,6 +161,7 @@ class Strategy(ABC):
         if frozen_in_int8(cell) and "frozen" in self.sharded and not self.quantises:
             return (
                 f"{self.name} keeps frozen models in shards, into which int8 with its scales is not cut; `frozen_weights: stored` is right"
+                f"{self._see()}"
             )
         if frozen_in_int8(cell) and _frozen_in_host(cell):
             return "frozen models are in int8 on the device, or visit it from host memory; `frozen_placement: device` would be right"
@@ -169,13 +172,20 @@ class Strategy(ABC):
         if kind != "stored" and cell.lora_rank == 0:
             return f"{kind} weights cannot train; a lora_rank above 0, or `base_weights: stored`, would be right"
         if kind != "stored" and not self.quantises:
-            return f"{self.name} lays out no {kind} weights; `base_weights: stored` would be right"
+            return f"{self.name} lays out no {kind} weights; `base_weights: stored` would be right{self._see()}"
         return None
+
+    def _see(self) -> str:
+        return f"; see {', '.join(self.quantising_threads)}" if self.quantising_threads else ""
 
     def missing(self, container: str = "none") -> str | None:
         """What it needs and is not installed here, or not in the image `container`, or None."""
         problems = [problem for requirement in self.requires if (problem := requirement.problem(container))]
         return f"{self.name}: {'; '.join(problems)}" if problems else None
+
+    def shapes_suffice(self, cell: Cell, rank: int) -> bool:  # noqa: ARG002
+        """Whether `rank` may hand in models without weights (torch's meta device), since the first rank's are sent to it."""
+        return False
 
     def forced_settings(self, cell: Cell) -> dict[str, Any]:  # noqa: ARG002 (for those that force something)
         """Settings that it replaces whatever the cell says (Gemini: optimizer), setting -> value in force."""

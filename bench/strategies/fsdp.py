@@ -8,6 +8,8 @@ What this file decides
 * `bf16-master` and `fp16-master` are torch's `MixedPrecisionPolicy`: the shards are the fp32 masters, and a layer is rounded when it is
   gathered. Parameters that never train are stored in 16 bits. Gradients are added up over ranks and micro-steps in fp32.
 * Generation gathers each layer anew for every token, as training does for every forward pass.
+* Only the first rank reads or draws weights, in host memory; the others build models on torch's meta device and get each layer when it is
+  cut. So there is one copy of a model in host memory, not one a rank. Weights in 8 or 4 bits are packed on every rank, and read there.
 * Frozen models (PPO's reference policy and reward model) are in shards as well, and so are linear layers in 8 or 4 bits, with their scales.
 """
 
@@ -88,17 +90,61 @@ def store(module: nn.Module, precision: str) -> None:
 
 
 def shard(module: nn.Module, device: torch.device, **arguments: Any) -> FSDPModule:
-    """Put the parameters of `module` in shards over all ranks, in place; the same object with the methods of FSDP."""
+    """Put the parameters of `module` in shards over all ranks, in place; the same object with the methods of FSDP.
+
+    Where a rank has no weights, the first rank's are sent, layer by layer.
+    """
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for layer in layers(module):
-        fully_shard(layer, mesh=mesh, **arguments)
-    sharded = fully_shard(module, mesh=mesh, **arguments)
+    mesh, lacking = init_device_mesh(device.type, (dist.get_world_size(),)), somebody_lacks_weights(module, device)
+    for part in (*layers(module), module):
+        if lacking:
+            send_weights(part, device)
+        sharded = fully_shard(part, mesh=mesh, **arguments)
     module.register_forward_hook(_drop_unless_needed)
     return sharded
+
+
+def somebody_lacks_weights(module: nn.Module, device: torch.device) -> bool:
+    """Whether `module` is on the meta device on any rank. Collective."""
+    import torch
+    import torch.distributed as dist
+
+    lacking = torch.tensor(int(any(tensor.is_meta for tensor in module.parameters())), device=device)
+    dist.all_reduce(lacking, op=dist.ReduceOp.MAX)
+    return bool(lacking)
+
+
+def send_weights(module: nn.Module, device: torch.device) -> None:
+    """Put the first rank's parameters and buffers into `module` on every rank, on `device`; not what is in shards already. Collective.
+
+    Tensors that were one stay one.
+    """
+    from torch import nn
+    from torch.distributed.tensor import DTensor
+
+    sent: dict[int, torch.Tensor] = {}
+    for owner in module.modules():
+        for tensors in (owner._parameters, owner._buffers):
+            for name, held in tensors.items():
+                if held is None or isinstance(held, DTensor):
+                    continue
+                if id(held) not in sent:
+                    here = _from_first(held.detach(), device)
+                    sent[id(held)] = nn.Parameter(here, held.requires_grad) if isinstance(held, nn.Parameter) else here
+                tensors[name] = sent[id(held)]  # type: ignore[assignment]
+
+
+def _from_first(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The first rank's `tensor`, on `device`."""
+    import torch
+    import torch.distributed as dist
+
+    here = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
+    dist.broadcast(here, src=0)
+    return here
 
 
 def _drop_unless_needed(root: Any, _: Any, __: Any) -> None:
@@ -152,6 +198,10 @@ class Fsdp(Strategy):
         if cell.settings.optimizer == "hybrid":
             return f"{self.name}: optimizer hybrid (ColossalAI's HybridAdam) takes no DTensors; adamw, foreach or fused would be right"
         return super().unsupported(cell)
+
+    def shapes_suffice(self, cell: Cell, rank: int) -> bool:
+        """See `Strategy.shapes_suffice`. What is packed is packed before it is cut, by the rank that holds the shard."""
+        return rank > 0 and cell.settings.base_weights == "stored" and not frozen_in_int8(cell)
 
     def start(self, cell: Cell, device: torch.device) -> None:  # noqa: ARG002
         """See `Strategy.start`. torch warns of outputs that are views, since changing them in place loses gradients; no stage does."""
