@@ -7,10 +7,12 @@ after the other, or in as many lanes as `limits.side_by_side` says.
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 from bench.container.overlay import overlay_input
 from bench.errors import UserError
+from bench.launch.allotment import Allotment
 from bench.launch.alone import alone
 from bench.launch.command import PROGRAM
 from bench.launch.inputs import data_inputs, forget_weights, image_input, kept_record, leave_failed_start, start_inputs
@@ -56,10 +58,11 @@ def run_block(
         parents = [
             stack.enter_context(ForkParent(log, program=program, preload=preload, search_path=search_path, keep=(lock,))) for log in logs
         ]
+        allotment, tried = Allotment.here(), list[str]()
         agents = agents_here(block.nodes, program=program, search_path=search_path, keep=(lock,))
 
         def run(number: int, parent: ForkParent) -> Record:
-            return _run_one(plan, block, layout, number, parent=parent, agents=agents, stop=heard)
+            return _run_one(plan, block, layout, number, Means(parent, agents, heard, allotment, tried))
 
         seen = in_lanes(range(len(block.cells)), parents, run, heard)
         if heard.asked:
@@ -78,7 +81,24 @@ def _entry(record: Record, block: Block, layout: Layout) -> dict[str, object]:
     return {"cell_id": record.cell_id, "trial": block.trial, "outcome": record.outcome, "path": str(path)}
 
 
-def _run_one(plan: Plan, block: Block, layout: Layout, number: int, *, parent: ForkParent, agents: Launcher, stop: Stop) -> Record:
+@dataclass(frozen=True, slots=True)
+class Means:
+    """What a block runs its trials with."""
+
+    parent: ForkParent
+    agents: Launcher
+    stop: Stop
+    allotment: Allotment | None
+    tried: list[str]
+    """Cells of which this allocation has seen a trial begin."""
+
+    def allotment_of(self, trial: Trial, lanes: int) -> Allotment | None:
+        """The allocation's, if it is all for this trial, which begins: it is among the first, and leaves nothing to go on from."""
+        self.tried.append(trial.parsed_cell.cell_id)
+        return self.allotment if len(self.tried) <= lanes and trial.parsed_cell.settings.save_every is None else None
+
+
+def _run_one(plan: Plan, block: Block, layout: Layout, number: int, means: Means) -> Record:
     """The record of one trial of the block: the kept one, that of a failed start, or a new one."""
     cell_id = block.cells[number]
     trial, problem = planned_trial(plan, block, layout, cell_id)
@@ -93,7 +113,8 @@ def _run_one(plan: Plan, block: Block, layout: Layout, number: int, *, parent: F
             if problem:
                 record = leave_failed_start(trial, path, problem)
             else:
-                record = run_trial(trial, path, parent=parent, agents=agents, stop=stop)
+                allotment = means.allotment_of(trial, plan.limits.side_by_side)
+                record = run_trial(trial, path, parent=means.parent, agents=means.agents, stop=means.stop, allotment=allotment)
         line.end(record.outcome, record.reason, kept=kept is not None)
     return record
 

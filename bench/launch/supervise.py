@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.errors import RecordError
+from bench.launch.allotment import Allotment
 from bench.launch.assemble import assemble, make_provenance
 from bench.launch.classify import SIGTERM, Seen, Verdict, classify
 from bench.launch.command import Agents
@@ -61,12 +62,19 @@ class Try:
 
 
 def run_trial(
-    trial: Trial, record_path: Path, *, parent: ForkParent | None = None, agents: Launcher | None = None, stop: Stop | None = None
+    trial: Trial,
+    record_path: Path,
+    *,
+    parent: ForkParent | None = None,
+    agents: Launcher | None = None,
+    stop: Stop | None = None,
+    allotment: Allotment | None = None,
 ) -> Record:
     """Run `trial` to its end and return its record, which is written to `record_path` unless the trial was cancelled.
 
     `parent` forks the ranks of cells with `launcher: fork` (one is made for this trial if none is given), `agents` starts the
-    others. Raises RecordError if a record is there already, MachineError if the record cannot be written.
+    others. `allotment` is that of an allocation that this trial has to itself, whose end is a `timeout`. Raises RecordError if
+    a record is there already, MachineError if the record cannot be written.
     """
     if record_path.exists():
         raise RecordError(f"{record_path}: a record is never rewritten; remove it (`coati-bench retry`) to run the trial again")
@@ -83,7 +91,8 @@ def run_trial(
         command = launcher.command(trial, trial_file)
         provenance = make_provenance(trial, command=command, variables=variables, started=started, ended=utc_now())
         if heard.asked:
-            tried = replace(tried, verdict=Verdict("cancelled", f"the supervisor got {heard.asked}"))
+            over = allotment and allotment.verdict(heard.asked)
+            tried = replace(tried, verdict=over or Verdict("cancelled", f"the supervisor got {heard.asked}"))
         record = assemble(
             trial, tried.verdict, launcher=launcher.name, simulated_nodes=launcher.simulated_nodes(trial), attempt=max(attempt, 1),
             parts=list(tried.parts), observed=tried.observed, provenance=provenance, more_flags=list(tried.flags),

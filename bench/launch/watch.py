@@ -32,10 +32,13 @@ class Stop:
     def __init__(self) -> None:
         self._event = threading.Event()
         self.asked: str | None = None
+        self.asked_at: float | None = None
+        """When, on the monotonic clock."""
 
     def ask(self, reason: str) -> None:
         """Want it to stop."""
         self.asked = self.asked or reason
+        self.asked_at = self.asked_at or time.monotonic()
         self._event.set()
 
     def wait(self, seconds: float) -> bool:
@@ -84,7 +87,7 @@ class Watched:
     seconds: float
     """From the start to the decision."""
     detection_seconds: float | None = None
-    """From the first sign (end of the failed rank or agent, last beat of the silent rank or node, the limit) to the decision."""
+    """From the first sign (end of the failed rank or agent, last beat of the silent rank or node, limit, signal) to the decision."""
     silent_rank: int | None = None
     places: dict[int, Place] = field(default_factory=dict)
     """Rank -> where it was."""
@@ -128,7 +131,9 @@ def watch(job: Job, trial: Trial, stop: Stop) -> Watched:
         end: End | None = "ended" if ended else "cancelled" if stop.asked else None
         sign = job.first_sign()
         detection = max(0.0, time.time() - min(failures)) if failures else None if sign is None else now - sign
-        if end is None and failed_at is not None:
+        if end == "cancelled" and stop.asked_at is not None:
+            detection = now - stop.asked_at
+        elif end is None and failed_at is not None:
             end = "failed" if now > failed_at + LINGER_SECONDS else None
         elif end is None and now - started > trial.limits.timeout_seconds:
             end, detection = "timeout", now - started - trial.limits.timeout_seconds

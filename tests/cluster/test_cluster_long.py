@@ -134,7 +134,7 @@ def test_a_job_that_is_cancelled_leaves_no_record_and_the_next_one_repeats_the_t
     assert bench.record(240).outcome == "ok"
 
 
-def test_a_time_limit_of_the_scheduler_leaves_nothing_running(bench):
+def test_a_time_limit_of_the_scheduler_is_the_outcome_of_a_trial_that_had_all_of_it_and_leaves_nothing_running(bench):
     bench.plan("strategy: [ddp], nodes: [2]", steps=20000, timeout=600)
     bench.prepare()
     job = bench.submit(bench.the_block(), 2, "--time", "1")
@@ -142,7 +142,11 @@ def test_a_time_limit_of_the_scheduler_leaves_nothing_running(bench):
     wait_until(lambda: job not in bench.slurm.jobs(), 180, bench.said)
     bench.slurm.await_quiet(120)
     assert not bench.layout.block(bench.the_block()).exists()
-    wait_until(lambda: not bench.slurm.hosts.with_text(*RANKS), 60, bench.said)
+    assert bench.slurm.hosts.with_text(*RANKS) == []
+    record = bench.record(10)
+    assert record.outcome == "timeout"
+    assert record.reason == f"the time limit of Slurm's job {job} ended it: 60 s, all of which it had; a longer one would be right"
+    assert 0 <= record.observed["time_to_detection_seconds"] < 10
 
 
 def test_a_typed_node_that_stands_still_is_noticed_and_leaves_nothing_running(bench):

@@ -14,6 +14,7 @@ import pytest
 from bench.checkpoint import checkpoint_sha256
 from bench.data.fetch import fetch_for_suite
 from bench.errors import UserError
+from bench.launch.allotment import Allotment
 from bench.launch.block import run_block, run_warm
 from bench.launch.single import run_single
 from bench.launch.watch import Stop
@@ -169,6 +170,24 @@ def test_an_interrupted_block_exits_130_and_leaves_neither_block_file_nor_record
     assert not shared.target("sft").exists()
     assert not shared.layout.record(block.cells[0], 0).exists()
     assert load_record(work / "cancelled.json").outcome == "cancelled"
+
+
+@pytest.mark.parametrize(("hanging", "outcome"), [(0, "timeout"), (1, "cancelled")])
+def test_the_end_of_an_allocation_is_the_outcome_of_its_first_trial_and_the_next_one_comes_again(
+    shared, wait_until, monkeypatch, hanging, outcome
+):
+    monkeypatch.setattr(Allotment, "here", classmethod(lambda _: Allotment("7", began=0.0, ends=60.0)))
+    block, stop = next(block for block in shared.plan.blocks if block.stage == "sft"), Stop()
+    late = block.cells[hanging]
+    shared.behave({f"sft {shared.plan.cells[late].strategy}": {"0": "hang"}})
+    beat = shared.layout.logs(late, 0) / "heartbeat0.json"
+    waiter = threading.Thread(target=lambda: (wait_until(beat.exists, 60), stop.ask("SIGTERM")))
+    waiter.start()
+    assert run_block(shared.target("sft"), preload=(), stop=stop, **FAKE) == 130
+    waiter.join()
+    path = shared.layout.record(late, 0)
+    record = load_record(path if outcome == "timeout" else shared.layout.logs(late, 0) / "cancelled.json")
+    assert (record.outcome, path.exists()) == (outcome, outcome == "timeout")
 
 
 def test_trials_side_by_side_run_at_once_and_their_records_say_so(side_by_side, capsys):

@@ -75,6 +75,7 @@ def test_a_cancelled_trial_can_be_run_again(fake_trial, fork_parent, tmp_path):
     first = run_trial(fake_trial({0: "hang", 1: "hang"}), tmp_path / "record.json", parent=fork_parent, stop=stop)
     second = run_trial(fake_trial({}), tmp_path / "record.json", parent=fork_parent)
     assert (first.outcome, second.outcome) == ("cancelled", "ok")
+    assert 0 <= first.observed["time_to_detection_seconds"] < 5
     assert (tmp_path / "work" / "attempt1" / "cancelled.json").exists()
 
 
