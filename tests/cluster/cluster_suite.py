@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -90,8 +91,16 @@ class Bench:
 
     def lines_once(self) -> list[list[str]]:
         """The lines of `plan --commands` that make what trials begin from, without the program's name."""
+        return self._printed("data", "warm")
+
+    def typed_lines(self, head: str) -> list[list[str]]:
+        """The lines of `plan --commands` for each node of the only cell, `head` being the address of node 0."""
+        return [[word.replace("$HEAD", head) for word in words] for words in self._printed("trial")]
+
+    def _printed(self, *verbs: str) -> list[list[str]]:
         text = self.call("plan", str(self.suite), "--commands", "--results", str(self.layout.root.parent)).stdout
-        return [line.split()[1:] for line in text.splitlines() if line.startswith(("coati-bench data ", "coati-bench warm "))]
+        lines = [shlex.split(line)[1:] for line in text.splitlines() if line.startswith("coati-bench ")]
+        return [words for words in lines if words[0] in verbs]
 
     def call(self, *arguments: str, seconds: float = 120.0) -> subprocess.CompletedProcess[str]:
         """Run `coati-bench` on the login node."""
@@ -161,6 +170,10 @@ class Bench:
         """The last words of everything that was started."""
         logs = [*self.folder.glob("*.log"), *self.layout.root.glob("logs/**/*.log")]
         return "\n".join(f"== {path}\n{path.read_text(errors='replace')[-1500:]}" for path in logs)
+
+    def is_over(self) -> bool:
+        """Whether every command has ended by itself, and every job."""
+        return all(process.poll() is not None for process in self._started) and not self.slurm.jobs()
 
     def leave(self) -> None:
         """End what still runs."""

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from cluster_disk import SmallDisk, small_disk, unmount
 from cluster_hosts import NoClusterError, check
 from cluster_slurm import Slurm, install
-from cluster_suite import Bench
+from cluster_suite import Bench, wait_until
 
 from bench.launch.queue import PLUGIN
 
@@ -75,5 +75,7 @@ def bench_on_disk(slurm: Slurm, disk: SmallDisk, tmp_path: Path, tmp_path_factor
 def _bench(slurm: Slurm, folder: Path, temporary: pytest.TempPathFactory, results: Path | None = None) -> Iterator[Bench]:
     made = Bench(slurm, folder, cache=temporary.getbasetemp() / "cache", results=results)
     yield made
+    if made.is_over():
+        wait_until(lambda: not slurm.hosts.with_text("bench.worker", "bench.launch"), 20, made.said)
     made.leave()
     assert slurm.hosts.with_text("bench.worker", "bench.launch", "coati-bench") == []

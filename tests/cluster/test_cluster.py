@@ -80,11 +80,10 @@ def image_built_here():
 def test_lines_typed_on_three_hosts_in_any_order_make_one_record(bench):
     bench.plan("strategy: [ddp], nodes: [3]")
     bench.prepare()
-    target, hosts = str(bench.layout.cell(bench.the_cell())), bench.slurm.hosts
-    commands = []
+    hosts, commands = bench.slurm.hosts, []
+    lines = bench.typed_lines(hosts.names[0])
     for node in (2, 0, 1):
-        options = ("--nodes", "3", "--node-rank", str(node), "--rendezvous", f"{hosts.names[0]}:29500")
-        commands.append(bench.start(hosts.names[node], "trial", target, *options, log=f"node{node}.log"))
+        commands.append(bench.start(hosts.names[node], *lines[node], log=f"node{node}.log"))
         wait_until((meeting_folder(bench.layout.logs(bench.the_cell(), 0)) / f"node{node}.json").exists, 60, bench.said)
     assert [command.wait(240) for command in commands] == [0, 0, 0], bench.said()
     record = bench.record(1)
