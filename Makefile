@@ -32,7 +32,8 @@ reference: install ## the three reference commands, BLOOM-560m: needs a CUDA dev
 	@echo "coati-bench run config/reference/bloom-560m.yaml"
 	@$(VENV)/bin/coati-bench run config/reference/bloom-560m.yaml
 
-container-quickstart: install ## the quick start inside the cpu image: builds it (minutes), needs mmdebstrap, buildah and Apptainer
+container-quickstart: install ## the quick start inside the cpu image: installs the tools (root, Debian 12), builds it: minutes
+	@containers/install-tools.sh
 	@echo "coati-bench run config/quickstart.yaml --container cpu"
 	@$(VENV)/bin/coati-bench run config/quickstart.yaml --container cpu
 
