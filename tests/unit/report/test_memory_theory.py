@@ -18,7 +18,7 @@ REFERENCES = Path(__file__).parents[3] / "results" / "references"
 WITHIN = {"sft": 0.15, "rm": 0.15, "ppo": 0.25}
 """How far the theory may be from the measured peak of a stage."""
 UNEXPLAINED = {"sft-llama-1b-deepspeed_zero3-lora16-1x2-4259c44a": 0.16}
-"""The cell whose theory is farther below its measured peak, and how far; nobody knows yet what lies there (docs/flops.md)."""
+"""The cell whose theory is farther below its measured peak, and how far; nobody knows yet what lies there (docs/flops.md names it)."""
 GPU: dict[str, Any] = {"device": "cuda", "model": "bloom-560m", "precision": "bf16-master"}
 PARAMETERS = 559_214_592
 ROOTS = 2 * 4 * 250_880 * 1024
