@@ -5,6 +5,7 @@
 
 A folder named `step<k>` is complete: every rank has written and synced its file before rank 0 renames the draft. The folder lies beside
 the trial's work folder, which every try empties. The supervisor drops it when there is nothing left to go on with.
+A rank's file fits that rank of as many; only checkpoints (`bench.checkpoint`) are loaded at another number of ranks.
 Torch-free at import.
 """
 

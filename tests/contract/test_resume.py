@@ -18,19 +18,17 @@ from bench.errors import CheckpointError
 from bench.launch.parent import ForkParent
 from bench.launch.rank import read_process
 from bench.launch.supervise import run_trial
+from bench.matrix import impossible
 from bench.record import Part, Record
 from bench.report import registry as metrics
 from bench.report.inventory import Row
 from bench.saves import drop_saves, saves_folder
 from bench.strategies.base import Engine, all_strategies
-from bench.strategies.colossal import import_colossalai
 from bench.trial import Trial, make_trial
 from bench.weights_file import tensor_digest
 from tests.contract.rank_harness import run_ranks
-from tests.contract.strategy_work import make_cell, make_engine, one_step
+from tests.contract.strategy_work import VARIANTS, comparable, kind_of, make_cell, make_engine, one_step, variants
 from tests.trials import only, run_forked, start_ranks, tiny_cell, tiny_trial
-
-import_colossalai()
 
 STAGES: dict[str, dict[str, Any]] = {
     "sft": {"steps": 6, "sequence_length": 48, "learning_rate": 1e-2},
@@ -42,13 +40,13 @@ STAGES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def resumable_cell(stage: str, strategy: str, ranks: int, **changes: Any) -> Any:
+def resumable_cell(stage: str, variant: str, ranks: int, **changes: Any) -> Any:
     settings = {
-        "strategy": strategy,
         "processes_per_node": ranks,
         "lap_steps": 1,
         "save_every": 1 if stage == "ppo" else 2,
         **STAGES[stage],
+        **variants()[variant],
     }
     return tiny_cell(stage, **{**settings, "global_batch": settings.get("global_batch", 16), **changes})
 
@@ -81,17 +79,17 @@ def losses(part: Part) -> dict[str, Any]:
 
 
 TRIALS = [
-    ("sft", "naive"), ("rm", "naive"), ("ppo", "naive"), ("sft", "ddp"), ("ppo", "zero2"), ("rm", "gemini"),
-    ("ppo", "deepspeed_zero3"), ("sft", "deepspeed_zero2"), ("rm", "fabric"),
+    ("sft", "naive", 0), ("rm", "naive", 0), ("ppo", "naive", 0), ("sft", "ddp", 0), ("sft", "zero1", 0), ("ppo", "zero2", 0),
+    ("sft", "zero2_cpu", 4), ("rm", "gemini", 0), ("sft", "fsdp", 0), ("rm", "fsdp", 4), ("rm", "hybrid-tensor2", 0),
+    ("sft", "hybrid-pipeline2", 0), ("ppo", "deepspeed_zero3", 0), ("sft", "deepspeed_zero2", 0), ("rm", "fabric", 0),
 ]  # fmt: skip
-"""Every stage, and every way of laying out a model; the test of engines below holds for all strategies."""
+"""Stage, variant and LoRA rank: every stage, and every way of laying out a model; the test of engines below holds for all variants."""
 
 
-@pytest.mark.parametrize(("stage", "strategy"), TRIALS)
-def test_a_killed_trial_goes_on_with_an_identical_loss_curve(stage: str, strategy: str, tmp_path: Path) -> None:
-    precision = "fp32" if "fp32" in all_strategies()[strategy].precisions else "bf16-master"
-    cell = resumable_cell(stage, strategy, 1 if strategy == "naive" else 2, precision=precision)
-    if reason := all_strategies()[strategy].unsupported(cell):
+@pytest.mark.parametrize(("stage", "variant", "lora_rank"), TRIALS)
+def test_a_killed_trial_goes_on_with_an_identical_loss_curve(stage: str, variant: str, lora_rank: int, tmp_path: Path) -> None:
+    cell = resumable_cell(stage, variant, 1 if variant == "naive" else 2, precision=comparable(variant), lora_rank=lora_rank)
+    if reason := impossible(cell):
         pytest.skip(reason)
     wanted = run_forked(tiny_trial(cell, tmp_path / "whole"))
     stopped = tiny_trial(cell, tmp_path / "stopped")
@@ -130,17 +128,14 @@ def test_a_save_that_cannot_be_read_is_told_with_what_to_do(tmp_path: Path) -> N
 
 
 def engine_cells() -> list[Any]:
-    """Every strategy in its best precision mode; and with a loss scale and adapters beside frozen weights."""
-    wanted = [
-        (name, {"precision": "fp32" if "fp32" in strategy.precisions else "bf16-master"}) for name, strategy in all_strategies().items()
-    ]
-    wanted += [(name, {"precision": "fp16-master", "lora_rank": 4}) for name, kind in all_strategies().items() if not kind.model_parallel]
-    cells = [make_cell(name, 1 if name == "naive" else 2, **changes) for name, changes in wanted]
-    kinds = [(cell, all_strategies()[cell.strategy]) for cell in cells]
+    """Every variant in its best precision mode; and with a loss scale and adapters beside frozen weights."""
+    wanted: list[tuple[str, dict[str, Any]]] = [(variant, {"precision": comparable(variant)}) for variant in VARIANTS]
+    wanted += [(variant, {"precision": "fp16-master", "lora_rank": 4}) for variant in VARIANTS]
+    cells = [(variant, make_cell(variant, 1 if variant == "naive" else 2, **changes)) for variant, changes in wanted]
     return [
-        pytest.param(cell, id=f"{cell.strategy}-{cell.settings.precision}-lora{cell.lora_rank}")
-        for cell, strategy in kinds
-        if strategy.resumable and strategy.unsupported(cell) is None
+        pytest.param(cell, id=f"{variant}-{cell.settings.precision}-lora{cell.lora_rank}")
+        for variant, cell in cells
+        if kind_of(variant).resumable and impossible(cell) is None
     ]
 
 
