@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +21,7 @@ from bench.container.contents import check_contents
 from bench.container.images import DEFINITIONS, DIGESTS, SOURCE_TREE, Image
 from bench.container.inputs import build_inputs, kernel_inputs, package_digest, package_files, text_digest
 from bench.container.kernels import Kernels, kernels_for
-from bench.container.manifest import Content, content_of
+from bench.container.manifest import Content, environment_content, image_content
 from bench.container.overlay import SITE_PACKAGES
 from bench.container.requirements import source_requirements, wheel_requirements
 from bench.container.rootfs import make_rootfs
@@ -31,10 +31,16 @@ from bench.container.tools import require, require_space
 from bench.container.wheelhouse import image_wheelhouse
 from bench.data.cache import sha256_of
 from bench.layout import cache_folder
+from bench.measure.provenance import ENVIRONMENT_FILE
 
 SPACE = {"cpu": 8_000_000_000}
 """Bytes that a build takes at its peak, archive included; an image that is not named takes the CUDA size."""
 CUDA_SPACE = 26_000_000_000
+HOME = Path("opt") / "coati-bench"
+"""Where the image keeps this package, its locks and what it says of itself."""
+SOURCE_FILE, REVISION_FILE = "source.sha256", "revision"
+NONE = "none"
+"""What an image says of kernels where it has none."""
 
 
 class Environment(NamedTuple):
@@ -125,8 +131,7 @@ def build_environment(image: Image, tree: Tree, scratch: Path, folder: Path, *, 
     tree.unpack(rootfs)
     mounts = {context: "/environment:ro", wheelhouse: "/wheelhouse:ro"}
     tree.run(["sh", "/environment/environment.sh"], mounts, what="environment.sh", variables={"SOURCE_DATE_EPOCH": str(image.epoch)})
-    labels = {"org.opencontainers.image.title": "coati-bench environment", "io.coati-bench.locks": locks_digest(image)}
-    content = content_of([tree.layer()], labels, image.epoch)
+    content = environment_content(tree.layer(), locks_digest(image), image.epoch)
     return Environment(content, build_inputs(image) | {"root file system": sha256_of(rootfs)})
 
 
@@ -135,21 +140,25 @@ def finish(image: Image, tree: Tree, environment: Environment, scratch: Path, fo
     (layer,) = environment.content.layers
     found = kernels_for(image, tree, layer, scratch, folder)
     package = scratch / "package"
-    source = make_package(tree, package, found)
+    commit = revision()
+    source = make_package(tree, package, found, {ENVIRONMENT_FILE: environment.content.digest, REVISION_FILE: commit})
     kernels = found[0] if found else None
-    labels = {
-        "org.opencontainers.image.title": "coati-bench", "org.opencontainers.image.licenses": "Apache-2.0",
-        "org.opencontainers.image.revision": revision(), "io.coati-bench.locks": locks_digest(image),
-        "io.coati-bench.source": source, "io.coati-bench.kernels": kernels.digest if kernels else "none",
-    }  # fmt: skip
-    content = content_of([layer, tree.layer_of(package)], labels, image.epoch)
+    content = image_content(
+        [layer, tree.layer_of(package)], locks=locks_digest(image), revision=commit, source=source,
+        kernels=kernels.digest if kernels else NONE, epoch=image.epoch,
+    )  # fmt: skip
     return keep(image, tree, Made(environment, content, package, source, kernels), scratch, folder, archive=archive)
 
 
-def make_package(tree: Tree, package: Path, kernels: tuple[Kernels, Path] | None) -> str:
-    """Make the layer that comes on the environment in the new folder `package`: this package, whose sha256 is returned, and kernels."""
+def make_package(tree: Tree, package: Path, kernels: tuple[Kernels, Path] | None, said: Mapping[str, str]) -> str:
+    """Make the layer that comes on the environment in the new folder `package`: this package, whose sha256 is returned, and kernels.
+
+    `said`: what the image says of itself, file name -> line, beside the package.
+    """
     shutil.copytree(DEFINITIONS / "package", package)
-    source = copy_package(package / "opt" / "coati-bench")
+    source = copy_package(package / HOME)
+    for name, line in said.items():
+        (package / HOME / name).write_text(f"{line}\n", encoding="utf-8")
     if kernels:
         modules = package / SITE_PACKAGES.relative_to("/") / "colossalai" / "_C"
         modules.mkdir(parents=True)
@@ -169,7 +178,7 @@ def copy_package(target: Path) -> str:
         (target / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(SOURCE_TREE / path, target / path)
     digest = package_digest(target)
-    (target / "source.sha256").write_text(digest + "\n", encoding="utf-8")
+    (target / SOURCE_FILE).write_text(digest + "\n", encoding="utf-8")
     return digest
 
 

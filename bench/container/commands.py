@@ -55,25 +55,17 @@ def build(
 @app.command()
 def verify(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="An image's file (.sqfs or .oci.tar); its .json lies beside it.")],
+    cache: Cache = None,
 ) -> None:
-    """Check an image's file against its note, its name and the committed digest; exit code 2 if it is not what it says."""
-    from bench.container.engine import read_ids
-    from bench.container.images import committed
-    from bench.container.runtimes import ARCHIVE
-    from bench.container.verify import check_file
-    from bench.errors import UserError
+    """Check an image's file against its note, its name and the committed digest, and what it holds; exit code 2 if it is another."""
+    from bench.container.build import image_folder
+    from bench.container.recomputed import recompute
+    from bench.container.verify import check_committed, check_file
 
     note = check_file(file)
-    if file.name.endswith(ARCHIVE):
-        read_ids(file, note["digest"])
-    before = committed(note["image"])
-    if before is None or before["digest"] != note["environment_digest"]:
-        wanted = "none" if before is None else before["digest"]
-        raise UserError(f"{file}: its environment is not the committed one; seen: {note['environment_digest']}; {wanted} is committed")
-    if (kernels := note.get("kernels")) and kernels["digest"] != before.get("kernels", {}).get("digest"):
-        wanted = before.get("kernels", {}).get("digest", "none")
-        raise UserError(f"{file}: its kernels are not the committed ones; seen: {kernels['digest']}; committed: {wanted}")
-    print(f"{file}: {note['image']}, {note['digest']}; its environment is the committed one ({note['environment_digest']})")
+    check_committed(file, note)
+    found = recompute(file, note, image_folder(cache))
+    print(f"{file}: {note['image']}, {note['digest']}; its environment is the committed one ({note['environment_digest']})\n  {found}")
 
 
 @app.command()
@@ -137,6 +129,7 @@ def wheelhouse(
     total = sum(path.stat().st_size for path in house.iterdir())
     print(f"{house}: {len(list(house.glob('*.whl')))} wheels, {total / 1e6:,.0f} MB. On the host, in a virtual environment:")
     print(f"  python -m pip install --no-index --no-deps --require-hashes --find-links {house.name} -r {house.name}/requirements.txt")
+    print("This package is none of them; with a copy of the checkout there:\n  PYTHONPATH=CHECKOUT python -m bench doctor")
 
 
 @app.command()

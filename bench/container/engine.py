@@ -8,12 +8,13 @@ docker keeps images in containerd) is the image of the note, whoever loaded it.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import io
 import json
 import subprocess
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -66,10 +67,27 @@ def read_ids(archive: Path, digest: str) -> Ids:
 
 def archive_manifest(archive: Path) -> bytes:
     """The only manifest in an OCI archive. Raises UserError."""
+    with _opened(archive) as tar:
+        (entry,) = json.loads(_member(tar, "index.json").read())["manifests"]
+        return _member(tar, _blob(entry["digest"])).read()
+
+
+def checked_configuration(archive: Path, digest: str, layers: Iterable[str]) -> bytes:
+    """The configuration in an archive, once it and the layers, all known by their digests, were hashed. Raises UserError."""
+    with _opened(archive) as tar:
+        for wanted in (digest, *layers):
+            seen = f"sha256:{hashlib.file_digest(_member(tar, _blob(wanted)), 'sha256').hexdigest()}"  # type: ignore[arg-type]
+            if seen != wanted:
+                raise UserError(f"{archive}: a part of it is not what its manifest says; seen: {seen}; {wanted} would be right")
+        return _member(tar, _blob(digest)).read()
+
+
+@contextmanager
+def _opened(archive: Path) -> Iterator[tarfile.TarFile]:
+    """An archive to read. Raises UserError where what is read in it is not there."""
     try:
         with tarfile.open(archive) as tar:
-            (entry,) = json.loads(_member(tar, "index.json"))["manifests"]
-            return _member(tar, _blob(entry["digest"]))
+            yield tar
     except (tarfile.TarError, KeyError, ValueError, OSError, EOFError) as error:
         raise UserError(f"{archive}: no OCI archive; seen: {error}; one of `container build --archive` would be right") from None
 
@@ -125,11 +143,11 @@ def _blob(digest: str) -> str:
     return f"blobs/{digest.replace(':', '/')}"
 
 
-def _member(tar: tarfile.TarFile, name: str) -> bytes:
+def _member(tar: tarfile.TarFile, name: str) -> IO[bytes]:
     file = tar.extractfile(name)
     if file is None:
         raise KeyError(name)
-    return file.read()
+    return file
 
 
 @contextmanager

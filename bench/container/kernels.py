@@ -58,12 +58,17 @@ def kernels_for(image: Image, tree: Tree, environment: Layer, scratch: Path, fol
             raise MachineError(
                 f"image {image.name}: compiling kernels changed the environment; seen: {seen.digest}; {environment.digest} would be right"
             )
-        modules = {path.name: sha256_of(path) for path in sorted((scratch / "kernels").glob("*.so"))}
-        found = Kernels(f"sha256:{text_digest(canonical_json(modules))}", inputs, modules)
+        found = kernels_in(scratch / "kernels", inputs)
         (scratch / "kernels" / NOTE).write_text(json.dumps(found.to_json(), indent=2) + "\n", encoding="utf-8")
         shutil.rmtree(kept, ignore_errors=True)
         (scratch / "kernels").rename(kept)
     return read_kernels(kept), kept
+
+
+def kernels_in(folder: Path, inputs: dict[str, str]) -> Kernels:
+    """The modules that lie in a folder, decided by `inputs`."""
+    modules = {path.name: sha256_of(path) for path in sorted(folder.glob("*.so"))}
+    return Kernels(f"sha256:{text_digest(canonical_json(modules))}", inputs, modules)
 
 
 def read_kernels(folder: Path) -> Kernels:

@@ -24,6 +24,7 @@ from bench.errors import MachineError
 
 MANIFEST, CONFIGURATION, LAYER = (f"application/vnd.oci.image.{name}" for name in ("manifest.v1+json", "config.v1+json", "layer.v1.tar"))
 ANNOTATION = "org.opencontainers.image.ref.name"
+LOCKS_LABEL = "io.coati-bench.locks"
 BLOCK = 1 << 20
 
 
@@ -65,6 +66,21 @@ def content_of(layers: Sequence[Layer], labels: Mapping[str, str], epoch: int) -
     described["config"]["Labels"] = dict(labels)
     described["rootfs"] = {"type": "layers", "diff_ids": [layer.digest for layer in layers]}
     return Content(canonical_json(described).encode(), tuple(layers))
+
+
+def environment_content(layer: Layer, locks: str, epoch: int) -> Content:
+    """An environment, as it is committed; `locks`: sha256 of its requirement files."""
+    return content_of([layer], {"org.opencontainers.image.title": "coati-bench environment", LOCKS_LABEL: locks}, epoch)
+
+
+def image_content(layers: Sequence[Layer], *, locks: str, revision: str, source: str, kernels: str, epoch: int) -> Content:
+    """A whole image; `source`: sha256 of the package in it, `kernels`: digest of its kernels, or `none`."""
+    labels = {
+        "org.opencontainers.image.title": "coati-bench", "org.opencontainers.image.licenses": "Apache-2.0",
+        "org.opencontainers.image.revision": revision, LOCKS_LABEL: locks,
+        "io.coati-bench.source": source, "io.coati-bench.kernels": kernels,
+    }  # fmt: skip
+    return content_of(layers, labels, epoch)
 
 
 def digest_of(content: bytes) -> str:

@@ -23,10 +23,11 @@ from bench.container.inputs import package_digest
 from bench.container.overlay import PACKAGE as OVERLAID
 from bench.container.overlay import SITE_PACKAGES
 from bench.container.runtimes import ARCHIVE, SQUASHFS, Runtime, beside, choose
-from bench.container.verify import check_file, load_note
+from bench.container.verify import check_file, is_committed, load_note
 from bench.errors import UserError
 from bench.layout import CACHE_VARIABLE, cache_folder
-from bench.measure.provenance import IMAGE_VARIABLE
+from bench.measure.nvml import describe_devices
+from bench.measure.provenance import IMAGE_VARIABLE, short_digest
 from bench.trial import Trial
 
 PYTHON = "/opt/venv/bin/python"
@@ -63,6 +64,8 @@ class Found(NamedTuple):
     environment_digest: str
     package: str
     """sha256 of the package inside."""
+    committed: bool
+    """Whether its environment is the committed one."""
     kernels: str | None = None
     """Digest of ColossalAI's kernels inside, if any were compiled."""
 
@@ -97,7 +100,8 @@ def _found(named: Path, runtime: Runtime) -> Found:
     note = _checked(file) if runtime.suffix == SQUASHFS else load_note(file)
     if runtime.suffix == ARCHIVE:
         load(runtime, file, note["digest"])
-    return Found(file, note["digest"], note["environment_digest"], note["package"], (note.get("kernels") or {}).get("digest"))
+    kernels = (note.get("kernels") or {}).get("digest")
+    return Found(file, note["digest"], note["environment_digest"], note["package"], is_committed(note), kernels)
 
 
 def _checked(file: Path) -> dict[str, Any]:
@@ -130,14 +134,20 @@ def container_of(trial: Trial) -> Container | None:
         binds=tuple([Bind(path, writable=True) for path in writable] + [Bind(path) for path in read if path.exists()] + over),
         gpu=trial.parsed_cell.settings.device == "cuda",
         own_package=trial.image.facts.get("package_sha256") == package_digest(),
+        environment=trial.image.facts.get("environment_digest", ""),
     )
 
 
-def home_inside() -> Path:
-    """The home folder inside: kernels that were built at first use are kept there."""
-    folder = cache_folder() / "home"
+def home_inside(name: str = "") -> Path:
+    """The folder of home folders, or that called `name`."""
+    folder = cache_folder() / "home" / name
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def capabilities() -> list[str]:
+    """The compute capabilities of this machine's devices, once each."""
+    return sorted({device["compute_capability"] for device in describe_devices() if device.get("compute_capability")})
 
 
 class Entered(NamedTuple):
@@ -160,6 +170,13 @@ class Container(NamedTuple):
     """Whether the package inside is the one that starts it; else the source tree is bound and comes first."""
     digest: str = ""
     """Of the image in the file."""
+    environment: str = ""
+    """Digest of the environment in the image."""
+
+    @property
+    def home(self) -> Path:
+        """The home folder inside, one for each environment and kind of device: what is compiled at first use is kept there."""
+        return home_inside("-".join([short_digest(self.environment or self.digest), *(capabilities() if self.gpu else [])]))
 
     @property
     def by_engine(self) -> bool:
@@ -177,7 +194,7 @@ class Container(NamedTuple):
         if not self.by_engine:
             return Entered(self._apptainer_line(runtime, line, seat), inside | {"PATH": os.environ.get("PATH", os.defpath)})
         words = engine_line(
-            runtime, load(runtime, self.image, self.digest), line[1:], python=PYTHON, home=home_inside(), variables=inside, seat=seat,
+            runtime, load(runtime, self.image, self.digest), line[1:], python=PYTHON, home=self.home, variables=inside, seat=seat,
             mounts=[(bind.path, bind.inside or bind.path, bind.writable) for bind in [*self.mounts, Bind(home_inside(), writable=True)]],
             gpu=self.gpu, note=note,
         )  # fmt: skip
@@ -187,7 +204,7 @@ class Container(NamedTuple):
     def _apptainer_line(self, runtime: Runtime, line: Sequence[str], seat: Seat | None) -> list[str]:
         alone = seat is not None and seat.of == 1
         return [
-            runtime.program, "exec", "--contain", "--home", str(home_inside()), *(["--nv"] if self.gpu else []),
+            runtime.program, "exec", "--contain", "--home", str(self.home), *(["--nv"] if self.gpu else []),
             *(["--net", "--network", "none"] if alone else []),
             *(word for bind in self.mounts for word in ("--bind", bind.option)), str(self.image), PYTHON, *line[1:],
         ]  # fmt: skip

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from bench.container.tools import as_root
+
 PREFIX = ".build-"
 
 
@@ -51,9 +53,8 @@ def remove(path: Path) -> None:
     """Remove a scratch folder with the image store in it, which another user id may own where buildah runs without root."""
     for mounted in reversed(_mounts_below(path)):
         subprocess.run(["umount", "--lazy", mounted], check=False, capture_output=True)
-    prefix = [] if os.geteuid() == 0 else ["buildah", "unshare"]
     begin = time.monotonic()
-    subprocess.run([*prefix, "rm", "-rf", "--one-file-system", str(path)], check=False)
+    subprocess.run(as_root("rm", "-rf", "--one-file-system", str(path)), check=False)
     if (seconds := time.monotonic() - begin) >= 1:
         print(f"  tidying up: {seconds:.0f} s", flush=True)
 

@@ -113,10 +113,9 @@ def has_subordinate_ids(file: Path, least: int = 65536) -> bool:
     return any(len(line) == 3 and line[0] in mine and line[2].isdigit() and int(line[2]) >= least for line in lines)
 
 
-def _note(kind: Kind) -> str | None:
+def _note(kind: Kind) -> str:
     chosen = insisted() or next((runtime.kind for runtime in present()), None)
-    gpu = None if kind == "apptainer" else "with GPUs untested"
-    return "; ".join(filter(None, ["this one is taken" if kind == chosen else None, gpu])) or None
+    return f"{'this one is taken; ' if kind == chosen else ''}with GPUs untested"
 
 
 def _missing() -> list[str]:

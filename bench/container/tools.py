@@ -90,6 +90,11 @@ def run(
     return done.stdout
 
 
+def as_root(*command: str) -> list[str]:
+    """`command` as one who may give files to anybody: as it is for root, else in a user namespace of this user's subordinate ids."""
+    return [*([] if os.geteuid() == 0 else ["buildah", "unshare"]), *command]
+
+
 def failure(what: str, done: subprocess.CompletedProcess[str]) -> MachineError:
     """The error that says how a program failed, and what would be right."""
     program = done.args[len(DIES_WITH_US)]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.container.build import Built
+from bench.container.build import NONE, Built
 from bench.container.images import Image, committed
 from bench.container.inputs import build_inputs, differences, kernel_inputs
 from bench.container.tools import require, run
@@ -28,8 +28,7 @@ def verify(image: Image, built: Built) -> list[str]:
         return [f"{image.name}: no digest is committed; {COMMIT_ADVICE.format(name=image.name)} commits one"]
     problems = compared(f"{image.name}: another digest", before, built.environment_digest, built.inputs)
     if built.kernels:
-        kernels = before.get("kernels", {"digest": "none", "inputs": {}})
-        problems += compared(f"{image.name}: other kernels", kernels, built.kernels.digest, built.kernels.inputs)
+        problems += compared(f"{image.name}: other kernels", kernels_of(before), built.kernels.digest, built.kernels.inputs)
     return problems
 
 
@@ -40,6 +39,32 @@ def compared(what: str, before: Mapping[str, Any], digest: str, inputs: dict[str
     changed = [str(item) for item in differences(before["inputs"], inputs)]
     why = f"inputs differ: {'; '.join(changed)}" if changed else UNEXPLAINED
     return [f"{what}; seen: {digest}; {before['digest']} is committed; {why}"]
+
+
+def check_committed(file: Path, note: Mapping[str, Any]) -> None:
+    """Raise UserError, naming the inputs that differ, unless the note's environment and kernels are the committed ones."""
+    before = committed(note["image"])
+    if before is None:
+        raise UserError(
+            f"{file}: no digest is committed for the image {note['image']!r}; seen: {note['environment_digest']}; "
+            f"{COMMIT_ADVICE.format(name=note['image'])} commits one"
+        )
+    problems = compared("its environment is not the committed one", before, note["environment_digest"], note["inputs"])
+    kernels = kernels_of(note)
+    problems += compared("its kernels are not the committed ones", kernels_of(before), kernels["digest"], kernels["inputs"])
+    if problems:
+        raise UserError(f"{file}: {'. '.join(problems)}")
+
+
+def is_committed(note: Mapping[str, Any]) -> bool:
+    """Whether a note's environment is the committed one."""
+    before = committed(note["image"])
+    return before is not None and bool(before["digest"] == note["environment_digest"])
+
+
+def kernels_of(build: Mapping[str, Any]) -> dict[str, Any]:
+    """Digest and inputs of the kernels of a build, as a note or a committed digest has them; `none` without any."""
+    return build.get("kernels") or {"digest": NONE, "inputs": {}}
 
 
 def explain(image: Image) -> list[str]:

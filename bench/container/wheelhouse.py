@@ -80,7 +80,8 @@ def fetch(requirements: str, house: Path, *, python: str | None, what: str) -> N
 def make_wheelhouse(image: Image, output: Path, *, python: str, cache: Path) -> Path:
     """Every wheel that `image` needs, sources built, and a hashed requirements.txt for `pip install --no-index`, in `output`.
 
-    For hosts without a network whose Python is `python` ("3.12"). Raises UserError if `output` has something in it.
+    For hosts without a network whose Python is `python` ("3.12"). Raises UserError if `output` has something in it, or if a source has
+    compiled code, which is built for the Python that runs here, and that is another.
     """
     if output.exists() and any(output.iterdir()):
         raise UserError(f"{output}: not empty; seen: {len(list(output.iterdir()))} entries; a new folder would be right")
@@ -89,6 +90,7 @@ def make_wheelhouse(image: Image, output: Path, *, python: str, cache: Path) -> 
         house.mkdir()
         fetch(wheel_requirements(image), house, python=python, what=f"fetching the locked wheels for CPython {python}")
         build_sources(image, house)
+        check_tags(house, python)
         (house / "requirements.txt").write_text(requirements_of(house), encoding="utf-8")
         output.parent.mkdir(parents=True, exist_ok=True)
         if output.exists():
@@ -104,6 +106,18 @@ def build_sources(image: Image, house: Path) -> None:
         listed.write_text(source_requirements(image), encoding="utf-8")
         command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--require-hashes", "-r", str(listed)]
         run([*command, "-w", str(house)], what="building wheels of the sources", environment={"SOURCE_DATE_EPOCH": str(image.epoch)})
+
+
+def check_tags(house: Path, python: str) -> None:
+    """Raise UserError, naming it, if a wheel is for another CPython than `python`, as one that was built here of compiled code may be."""
+    wanted = f"cp{python.replace('.', '')}"
+    for wheel in sorted(house.glob("*.whl")):
+        _, interpreter, abi, _ = wheel.stem.rsplit("-", 3)
+        if interpreter.startswith("cp") and abi != "abi3" and wanted not in interpreter.split("."):
+            raise UserError(
+                f"{wheel.name}: built here from source, for another Python; seen: {interpreter}; {wanted} would be right: the same command "
+                f"under CPython {python}"
+            )
 
 
 def requirements_of(house: Path) -> str:

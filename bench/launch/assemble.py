@@ -11,7 +11,7 @@ from bench.cell import Cell
 from bench.launch.classify import Verdict
 from bench.launch.rank import node_path
 from bench.measure.node import scheduler_job
-from bench.measure.provenance import environment, machine, source, versions
+from bench.measure.provenance import environment, image_flags, machine, source, versions
 from bench.models.presets import PRESETS
 from bench.record import SIDE_BY_SIDE, Part, Record
 from bench.strategies.base import all_strategies
@@ -53,7 +53,7 @@ def assemble(
         resumed_step=resumed_step(parts),
         outcome=verdict.outcome,
         reason=verdict.reason,
-        flags=[*flags(trial, parts), *(more_flags or [])],
+        flags=[*flags(trial, parts), *image_flags(provenance or {}), *(more_flags or [])],
         inputs=[*trial.data, *trial.starts],
         parts=parts,
         observed=observed or {},

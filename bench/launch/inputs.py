@@ -44,8 +44,10 @@ def image_input(cell: Cell) -> Input | None:
     if setting == "none":
         return None
     found = find_image(setting)
-    facts = {"digest": found.digest, "environment_digest": found.environment_digest, "package_sha256": found.package}
-    facts |= {"kernels_sha256": found.kernels.removeprefix("sha256:")} if found.kernels else {}
+    facts = {
+        "digest": found.digest, "environment_digest": found.environment_digest, "environment_committed": found.committed,
+        "package_sha256": found.package, **({"kernels_sha256": found.kernels.removeprefix("sha256:")} if found.kernels else {}),
+    }  # fmt: skip
     return Input(name=IMAGE, path=str(found.file), sha256=found.digest.removeprefix("sha256:"), facts=facts)
 
 

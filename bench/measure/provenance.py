@@ -10,6 +10,7 @@ import platform
 import re
 import runpy
 import subprocess
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -23,6 +24,11 @@ SOURCE_TREE = Path(__file__).resolve().parents[2]
 
 IMAGE_VARIABLE = "COATI_BENCH_IMAGE"
 """What a launch says inside an image: RUNTIME:FILE. podman and docker say nothing of it themselves."""
+
+IMAGE_HOME = Path("/opt/coati-bench")
+"""Where an image keeps this package, and beside it what it was made from."""
+ENVIRONMENT_FILE = "environment.digest"
+"""There: the digest of the environment that the image was built on."""
 
 PACKAGES = (
     "torch", "transformers", "peft", "colossalai", "accelerate", "tokenizers", "safetensors", "numpy", "triton", "flash-attn", "pydantic",
@@ -150,6 +156,7 @@ def machine() -> dict[str, Any]:
         "container": _container(),
         "container_runtime": container_runtime(),
         "container_locks_sha256": _container_locks(),
+        "container_environment": _container_environment(),
         "network": network(),
         "fabric": fabric(),
         "devices": [{**device, "numa_node": device_numa_node(device["pci_bus"])} for device in devices],
@@ -179,7 +186,36 @@ def container_runtime() -> str | None:
 
 def _container_locks() -> str | None:
     """sha256 over the locks that this process's image was made from, as they lie inside, or null."""
-    locks = [Path("/opt/coati-bench/locks") / name for name in ("wheels.txt", "sources.txt")]
+    locks = [IMAGE_HOME / "locks" / name for name in ("wheels.txt", "sources.txt")]
     if not all(path.exists() for path in locks):
         return None
     return hashlib.sha256(b"".join(path.read_bytes() for path in locks)).hexdigest()
+
+
+def _container_environment() -> str | None:
+    """Digest of the environment that this process's image was built on, as it lies inside, or null: images of older builds do not say."""
+    try:
+        return (IMAGE_HOME / ENVIRONMENT_FILE).read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+
+
+def image_flags(provenance: Mapping[str, Any]) -> list[str]:
+    """What a reader must know of the image of a trial: another environment than the committed one, or than the one that was launched."""
+    image = provenance.get("image")
+    if not image:
+        return []
+    found = [] if image.get("environment_committed", True) else ["environment not the committed one"]
+    seen = [(node["node"], node.get("container_environment")) for node in provenance.get("machines") or []]
+    launched = image.get("environment_digest")
+    others = [f"node {node} saw {short_digest(digest)}" for node, digest in seen if digest not in (None, launched)]
+    return found + ([f"environment not the one launched, {short_digest(launched)}: {', '.join(others)}"] if launched and others else [])
+
+
+def short_digest(digest: str) -> str:
+    """The part of a digest that names files and folders.
+
+    >>> short_digest("sha256:0123456789abcdef")
+    '0123456789ab'
+    """
+    return digest.removeprefix("sha256:")[:12]

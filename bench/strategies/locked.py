@@ -26,7 +26,7 @@ def image_name(container: str) -> str | None:
     ('current', None, None)
     """
     name = container
-    if container.endswith(".sqfs"):
+    if container.endswith((".sqfs", ".oci.tar")):
         file = Path(container).expanduser()
         try:
             name = str(json.loads((file.parent / f"{file.name.split('.')[0]}.json").read_text(encoding="utf-8"))["image"])

@@ -3,11 +3,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 
 from bench.container import build, images, inputs, requirements, verify, wheelhouse
 from bench.container.images import image_named
+from bench.container.manifest import Layer, environment_content
 from bench.container.tools import explain, require, require_space, run
 from bench.container.wheelhouse import make_wheelhouse, requirements_of
 from bench.data.cache import sha256_of
@@ -101,6 +103,19 @@ def test_another_digest_is_explained_by_the_inputs_that_differ(monkeypatch, tmp_
     assert verify.verify(image, built) == []
 
 
+def test_an_image_says_inside_what_it_was_built_on_and_of_which_commit(monkeypatch, tmp_path):
+    made = []
+    monkeypatch.setattr(build, "keep", lambda image, tree, it, *_, **__: made.append(it))
+    monkeypatch.setattr(build, "revision", lambda: "c0ffee")
+    tree = SimpleNamespace(run=lambda *_, **__: None, layer_of=lambda _: Layer("sha256:p", 1))
+    environment = build.Environment(environment_content(Layer("sha256:e", 1), "l", 0), {})
+    build.finish(image_named("cpu"), tree, environment, tmp_path, tmp_path)
+    home = made[0].package / "opt" / "coati-bench"
+    said = {name: (home / name).read_text().strip() for name in ("environment.digest", "revision", "source.sha256")}
+    assert said == {"environment.digest": environment.content.digest, "revision": "c0ffee", "source.sha256": inputs.package_digest(home)}
+    assert json.loads(made[0].content.configuration)["config"]["Labels"]["org.opencontainers.image.revision"] == "c0ffee"
+
+
 def test_missing_programs_are_all_named_with_their_packages(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(MachineError, match=r"missing: buildah, mksquashfs; on Debian and Ubuntu: apt install buildah squashfs-tools"):
@@ -115,7 +130,12 @@ def test_too_little_space_is_said_before_anything_is_made(tmp_path):
 
 @pytest.mark.parametrize(
     ("output", "advice"),
-    [("write: No space left on device", "the disk is full"), ("newuidmap: not found", "uidmap"), ("unshare: failed", "user namespaces")],
+    [
+        ("write: No space left on device", "the disk is full"),
+        ("newuidmap: not found", "uidmap"),
+        ("unshare: failed", "user namespaces"),
+        ("THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE", "a file is not the locked one: it, or the lock, was changed"),
+    ],
 )
 def test_a_failed_program_is_explained(output, advice):
     assert advice in explain(output)

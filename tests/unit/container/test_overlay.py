@@ -84,9 +84,13 @@ def test_the_record_has_its_hash_and_is_flagged(checkout, tmp_path):
     assert not [flag for flag in flags(dataclasses.replace(trial, overlay=None), []) if flag.startswith("modified")]
 
 
+class Result(SimpleNamespace):
+    __hash__ = object.__hash__
+
+
 def test_the_report_labels_its_row():
-    plain = SimpleNamespace(cell=cell(), flags=())
-    overlaid = SimpleNamespace(cell=cell(overlay={"colossalai": "/x"}), flags=("modified: colossalai abc",))
+    plain = Result(cell=cell(), flags=())
+    overlaid = Result(cell=cell(overlay={"colossalai": "/x"}), flags=("modified: colossalai abc",))
     make = identity_columns([plain, overlaid])[0][1]
     assert (make(plain).text, make(plain).note) == ("naive", "")
     assert (make(overlaid).text, make(overlaid).note) == ("naive", "modified")

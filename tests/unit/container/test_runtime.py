@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from bench.container.runtime import Bind, Container, container_of, find_image
 from bench.data.cache import sha256_of
 from bench.errors import MachineError, UserError
 from bench.launch.command import Agents
+from bench.launch.inputs import image_input
 from bench.record import Input
 from bench.trial import make_trial
 
@@ -20,6 +22,12 @@ def cell(**more):
     return cell_from_json(
         {"stage": "sft", "model": "bloom-tiny", "strategy": "naive", "steps": 2, "device": "cpu", "container": "cpu", **more}
     )
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """A cache of the test's own."""
+    monkeypatch.setenv("COATI_BENCH_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -86,6 +94,36 @@ def test_a_missing_runtime_is_said(tmp_path, monkeypatch):
         Container(Path("x.sqfs")).enter(["python"], {})
 
 
+def test_what_is_compiled_at_first_use_is_of_one_environment_and_kind_of_device(tmp_path, apptainer, monkeypatch):
+    monkeypatch.setenv("COATI_BENCH_CACHE", str(tmp_path))
+    devices = [{"compute_capability": name} for name in ("9.0", "8.0", "9.0", None)]
+    monkeypatch.setattr(runtime, "describe_devices", lambda: devices)
+    one, other = (Container(Path("x.sqfs"), environment=f"sha256:{letter * 64}") for letter in "ab")
+    assert [it.home for it in (one, other)] == [tmp_path / "home" / (letter * 12) for letter in "ab"]
+    assert one._replace(gpu=True).home == tmp_path / "home" / "aaaaaaaaaaaa-8.0-9.0"
+    assert f"--home {one.home} " in " ".join(one.enter(["python"], {}).line)
+    assert one.home.is_dir()
+
+
+def test_the_home_folder_of_a_trial_is_that_of_its_images_environment(tmp_path):
+    trial = trial_in(tmp_path, "p")
+    assert container_of(trial).home.name == "a" * 12
+    image = replace(trial.image, facts={"environment_digest": f"sha256:{'c' * 64}"})
+    assert container_of(make_trial(trial.parsed_cell, 0, image=image, work=trial.work)).home.name == "c" * 12
+
+
+@pytest.mark.parametrize("digest", ["e", "another"])
+def test_a_trial_is_told_whether_its_images_environment_is_the_committed_one(tmp_path, monkeypatch, apptainer, digest):
+    monkeypatch.setenv("COATI_BENCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(verify, "committed", lambda name: {"digest": digest} if name == "cpu" else None)
+    file = tmp_path / "coati-bench-cpu-aaaaaaaaaaaa.sqfs"
+    file.write_bytes(b"the image")
+    note = {"image": "cpu", "digest": f"sha256:{'a' * 64}", "environment_digest": "e", "package": "p"}
+    file.with_suffix(".json").write_text(json.dumps(note | {"sha256": {file.name: sha256_of(file)}}))
+    facts = image_input(cell(container=str(file))).facts
+    assert (facts["environment_digest"], facts["environment_committed"]) == ("e", digest == "e")
+
+
 def test_the_image_is_part_of_what_a_trial_computes(tmp_path):
     trial = trial_in(tmp_path, "p")
     other = make_trial(trial.parsed_cell, 0, data=trial.data, work=trial.work)
@@ -110,8 +148,8 @@ def test_an_image_is_hashed_once_and_again_when_its_file_changes(tmp_path, monke
     monkeypatch.setenv("COATI_BENCH_CACHE", str(tmp_path / "cache"))
     file = tmp_path / "coati-bench-cpu-aaaaaaaaaaaa.sqfs"
     file.write_bytes(b"the image")
-    note = {"digest": "sha256:aaaaaaaaaaaa", "environment_digest": "e", "package": "p", "sha256": {file.name: sha256_of(file)}}
-    file.with_suffix(".json").write_text(json.dumps(note))
+    note = {"image": "cpu", "digest": "sha256:aaaaaaaaaaaa", "environment_digest": "e", "package": "p"}
+    file.with_suffix(".json").write_text(json.dumps(note | {"sha256": {file.name: sha256_of(file)}}))
     hashed = []
     monkeypatch.setattr(runtime, "check_file", lambda path: hashed.append(path) or verify.check_file(path))
     for _ in range(2):
@@ -132,7 +170,7 @@ def test_of_two_images_with_the_same_locks_that_with_this_package_is_taken(tmp_p
     for digest, package in (("aaaaaaaaaaaa", package_digest()), ("bbbbbbbbbbbb", "another")):
         path = folder / f"coati-bench-cpu-{digest}.sqfs"
         path.write_bytes(digest.encode())
-        note = {"digest": f"sha256:{digest}", "environment_digest": "e", "inputs": inputs, "package": package, "squashfs": str(path)}
-        sums = {path.name: sha256_of(path)}
-        path.with_suffix(".json").write_text(json.dumps(note | {"sha256": sums, "archive": None}))
+        note = {"image": "cpu", "digest": f"sha256:{digest}", "environment_digest": "e", "inputs": inputs, "package": package}
+        more = {"squashfs": str(path), "archive": None, "sha256": {path.name: sha256_of(path)}}
+        path.with_suffix(".json").write_text(json.dumps(note | more))
     assert find_image("cpu").digest == "sha256:aaaaaaaaaaaa"

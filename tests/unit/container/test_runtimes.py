@@ -82,7 +82,7 @@ def test_an_archive_is_known_by_the_digest_of_its_manifest(tmp_path):
 def test_the_archive_beside_a_named_squashfs_is_taken_and_loaded(programs, tmp_path, monkeypatch):
     programs("podman")
     file = tmp_path / "coati-bench-cpu-0123.oci.tar"
-    note = {"digest": f"sha256:{archive(file)}", "environment_digest": "e", "package": "p", "sha256": {}}
+    note = {"image": "cpu", "digest": f"sha256:{archive(file)}", "environment_digest": "e", "package": "p", "sha256": {}}
     (tmp_path / "coati-bench-cpu-0123.json").write_text(json.dumps(note))
     loaded = []
     monkeypatch.setattr(runtime_module, "load", lambda runtime, path, digest: loaded.append((runtime.kind, path, digest)))

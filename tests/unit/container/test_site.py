@@ -41,12 +41,13 @@ def test_on_a_bare_machine_only_the_hashed_environment_is_left(programs):
     assert "mmdebstrap (Debian: apt install mmdebstrap)" in needs["build an image as root"]
 
 
-def test_a_runtime_that_works_also_runs_images_from_elsewhere(programs):
-    programs(podman="echo runc")
+@pytest.mark.parametrize(("kind", "script"), [("podman", "echo runc"), ("apptainer", "echo apptainer version 1.4.5")])
+def test_a_runtime_that_works_also_runs_images_from_elsewhere(programs, kind, script):
+    programs(**{kind: script})
     needs = lacking()
-    assert not needs["trials in podman"]
+    assert not needs[f"trials in {kind}"]
     assert not needs["an image built elsewhere"]
-    (way,) = (way for way in ways() if way.name == "trials in podman")
+    (way,) = (way for way in ways() if way.name == f"trials in {kind}")
     assert way.note == "this one is taken; with GPUs untested"
 
 

@@ -54,6 +54,11 @@ def test_missing_ranks_old_semantics_and_forced_settings_are_flags(tmp_path):
     assert record.emulated
 
 
+def test_an_image_whose_environment_is_not_the_committed_one_is_a_flag(tmp_path):
+    record = make(trial(tmp_path), [part(0), part(1)], provenance={"image": {"environment_committed": False}})
+    assert "environment not the committed one" in record.flags
+
+
 @pytest.mark.parametrize(
     ("stage", "laps", "steps", "seconds", "expected"),
     [

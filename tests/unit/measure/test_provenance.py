@@ -8,10 +8,15 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from bench.measure import provenance
+from bench.report.analysis import CellResult
+from bench.report.inventory import Row
+from bench.report.registry import Trial
+from tests.unit.report.trial_factory import make_cell, make_record
 
 
 @pytest.mark.parametrize(
@@ -98,6 +103,48 @@ def test_outside_a_checkout_the_package_is_known_by_its_files(tmp_path, monkeypa
     provenance.source.cache_clear()
     assert (found["commit"], found["dirty_diff_sha256"], found["locks"]) == (None, None, {})
     assert re.fullmatch("[0-9a-f]{64}", found["package_sha256"])
+
+
+@pytest.fixture
+def inside(tmp_path, monkeypatch):
+    """An image's own folder, as it is seen inside."""
+    monkeypatch.setattr(provenance, "IMAGE_HOME", tmp_path)
+    provenance.machine.cache_clear()
+    yield tmp_path
+    provenance.machine.cache_clear()
+
+
+def test_an_image_says_inside_which_environment_it_was_built_on_and_an_older_one_does_not(inside):
+    assert provenance.machine()["container_environment"] is None
+    (inside / "environment.digest").write_text("sha256:0123\n")
+    provenance.machine.cache_clear()
+    assert provenance.machine()["container_environment"] == "sha256:0123"
+
+
+def provenance_of(*seen, committed=True):
+    image = {"environment_digest": "sha256:0123456789abcdef", "environment_committed": committed}
+    return {"image": image, "machines": [{"node": node, "container_environment": digest} for node, digest in enumerate(seen)]}
+
+
+def test_another_environment_than_the_committed_one_is_flagged():
+    assert provenance.image_flags(provenance_of("sha256:0123456789abcdef")) == []
+    assert provenance.image_flags(provenance_of(committed=False)) == ["environment not the committed one"]
+
+
+def test_another_environment_inside_than_the_one_launched_is_flagged_with_its_nodes():
+    found = provenance.image_flags(provenance_of("sha256:0123456789abcdef", "sha256:feedfeedfeedfeed", None))
+    assert found == ["environment not the one launched, 0123456789ab: node 1 saw feedfeedfeed"]
+
+
+@pytest.mark.parametrize("older", [{}, {"image": None}, {"image": {"digest": "sha256:0123"}, "machines": [{"node": 0}]}])
+def test_records_without_an_image_or_of_older_images_are_not_flagged(older):
+    assert provenance.image_flags(older) == []
+
+
+def test_the_report_shows_what_an_images_provenance_flags():
+    record = replace(make_record(make_cell()), flags=["indicative"], provenance=provenance_of(committed=False))
+    result = CellResult(record.parsed_cell, (Trial(Row(record, record.parsed_cell, "0.json")),), (), (), ())
+    assert result.flags == ("indicative", "environment not the committed one")
 
 
 def test_time_is_utc_and_sorts_as_text():
