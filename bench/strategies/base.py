@@ -138,7 +138,7 @@ class Strategy(ABC):
     quantises: ClassVar[bool] = False
     """Whether the base under LoRA may be in 8 or 4 bits (setting `base_weights`), in shards where frozen weights are."""
     quantising_threads: ClassVar[tuple[str, ...]] = ()
-    """Where its authors were asked for that, as `owner/repository#number`."""
+    """Upstream threads about that, as `owner/repository#number`."""
     resumable: ClassVar[bool] = True
     """Whether its engines can save their training state and go on from it (setting `save_every`)."""
 

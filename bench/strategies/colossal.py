@@ -1,4 +1,4 @@
-"""What the strategies made of ColossalAI's plugins share: starting it on a rank, and their precision names."""
+"""What the strategies made of ColossalAI's plugins share: the version they need, starting it on a rank, and their precision names."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from bench.cell import Cell
+from bench.strategies.base import Strategy
+from bench.strategies.requirement import Requirement
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +22,17 @@ PLUGIN_PRECISION = {"fp32": "fp32", "bf16-pure": "bf16", "bf16-master": "bf16", 
 
 INITIAL_LOSS_SCALE = 2.0**16
 """As in ColossalAI v0.2.8 (coati/trainer/strategies/colossalai.py); LowLevelZero's own 2**32 would skip the first steps."""
+
+
+class ColossalStrategy(Strategy):
+    """A strategy made of a plugin of ColossalAI's."""
+
+    uses_colossalai = True
+    requires = (Requirement("colossalai", "0.5.0"),)
+
+    def start(self, cell: Cell, device: torch.device) -> None:  # noqa: ARG002
+        """See `Strategy.start`."""
+        start_colossalai(device)
 
 
 def import_colossalai() -> None:

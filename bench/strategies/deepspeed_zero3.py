@@ -89,6 +89,7 @@ class DeepSpeedZero3(DeepSpeedZero):
     description = "DeepSpeed ZeRO stage 3: parameters, gradients and optimizer states in shards"
     sharded = frozenset({"parameters", "gradients", "optimizer", "frozen"})
     stays_gathered = gathers_frozen = True
+    quantising_threads = ("deepspeedai/DeepSpeed#5819",)
 
     def gathered_share(self, elements: int, ranks: int) -> float:
         """See `Strategy.gathered_share`. On the way to its last layer and back a pass uses each parameter twice."""

@@ -20,10 +20,11 @@ import math
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from bench.cell import Cell
-from bench.strategies.base import Engine, Strategy
+from bench.strategies.base import Engine
 from bench.strategies.colossal import (
     INITIAL_LOSS_SCALE,
     PLUGIN_PRECISION,
+    ColossalStrategy,
     forced_hybrid,
     load_loss_scale,
     loss_scale_state,
@@ -151,16 +152,16 @@ def heed_divisor(optimizer: Any) -> Any:
     return optimizer
 
 
-class Gemini(Strategy):
+class Gemini(ColossalStrategy):
     """Gemini with static placement on the device; subclasses place chunks elsewhere."""
 
     name = "gemini"
     precisions = frozenset(PLUGIN_PRECISION) - {"fp32"}
     description = "ColossalAI Gemini: parameters, gradients and optimizer states in sharded chunks (ZeRO-3)"
-    uses_colossalai = True
     sharded = frozenset({"parameters", "gradients", "optimizer"})
     copies_gradients = False
     keeps_accumulated = True
+    quantising_threads = ("hpcaitech/ColossalAI#4929", "hpcaitech/ColossalAI#6138")
     placement: ClassVar[dict[str, Any]] = {"placement_policy": "static"}
     """Arguments of GeminiPlugin that say where chunks lie."""
 

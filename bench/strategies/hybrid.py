@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from bench.cell import Cell
 from bench.models.presets import config_numbers
-from bench.strategies.base import Engine, Strategy
-from bench.strategies.colossal import INITIAL_LOSS_SCALE, PLUGIN_PRECISION, start_colossalai
+from bench.strategies.base import Engine
+from bench.strategies.colossal import INITIAL_LOSS_SCALE, PLUGIN_PRECISION, ColossalStrategy
 from bench.strategies.hybrid_slices import hybrid_slices
 from bench.strategies.precision import optimizer_problem
 from bench.strategies.slices import Slice
@@ -23,13 +23,12 @@ if TYPE_CHECKING:
     from bench.measure.shape import Network
 
 
-class Hybrid(Strategy):
+class Hybrid(ColossalStrategy):
     """HybridParallelPlugin without ZeRO."""
 
     name = "hybrid"
     precisions = frozenset({"fp32", "bf16-master", "fp16-master"})
     description = "ColossalAI HybridParallel: tensor, pipeline and data parallel"
-    uses_colossalai = True
     model_parallel = True
     keeps_buckets = True
 
@@ -46,10 +45,6 @@ class Hybrid(Strategy):
     def slices(self, network: Network, cell: Cell) -> tuple[Slice, ...]:
         """See `Strategy.slices`."""
         return hybrid_slices(network, cell)
-
-    def start(self, cell: Cell, device: torch.device) -> None:  # noqa: ARG002
-        """See `Strategy.start`."""
-        start_colossalai(device)
 
     def prepare(self, module: nn.Module, cell: Cell, device: torch.device, *, learning_rate: float) -> Engine:  # noqa: ARG002
         """See `Strategy.prepare`. ColossalAI itself places the model on this rank's device."""
@@ -83,7 +78,7 @@ def _pipeline_problem(cell: Cell) -> str | None:
     if stages == 1:
         return None
     if cell.stage == "ppo":
-        return "PPO's rollouts need a KV cache, which ColossalAI's pipelines have not; tensor_parallel has"
+        return "PPO's rollouts need a KV cache, which ColossalAI's pipelines have not; tensor_parallel has; see hpcaitech/ColossalAI#5040"
     if cell.accumulation < stages:
         return (
             f"{cell.accumulation} micro-steps do not fill {stages} stages: `Number of microbatch should be larger than number of stages`; "

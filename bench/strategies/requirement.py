@@ -16,7 +16,7 @@ class Requirement(NamedTuple):
     at_least: str
     extra: str | None = None
     """The optional extra of this project that brings it. Without one it is a requirement of the project itself, and its absence is
-    not judged here: a plan may be made on a machine that trains nothing."""
+    judged only where torch is installed: a plan may be made on a machine that trains nothing."""
 
     def problem(self, container: str = "none") -> str | None:
         """What is missing where trials run, or None: here, or in the cell's `container`. What an unknown image holds is not judged.
@@ -37,11 +37,11 @@ class Requirement(NamedTuple):
 
     def _problem_here(self) -> str | None:
         seen = installed_version(self.package)
-        if seen is None:
-            if self.extra is None:
-                return None
-            return f"{self.package} is not installed; `make install-{self.extra}` would be right"
-        return self._too_old(seen, seen)
+        if seen is not None:
+            return self._too_old(seen, seen)
+        if self.extra is None and installed_version("torch") is None:
+            return None
+        return f"{self.package} is not installed; `make install{f'-{self.extra}' if self.extra else ''}` would be right"
 
     def _too_old(self, seen: str, said: str) -> str | None:
         if release(seen) >= release(self.at_least):

@@ -10,15 +10,15 @@ import math
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from bench.cell import Cell
-from bench.strategies.base import Engine, Strategy
+from bench.strategies.base import Engine
 from bench.strategies.colossal import (
     INITIAL_LOSS_SCALE,
     PLUGIN_PRECISION,
+    ColossalStrategy,
     forced_hybrid,
     in_force,
     load_loss_scale,
     loss_scale_state,
-    start_colossalai,
 )
 from bench.strategies.precision import (
     MASTER_MODES,
@@ -90,26 +90,21 @@ class ZeroEngine(Engine):
         load_loss_scale(self._optimizer.mixed_precision_mixin, state["loss_scale"])
 
 
-class Zero(Strategy):
+class Zero(ColossalStrategy):
     """LowLevelZero; a subclass names the stage and whether optimizer states lie in host memory."""
 
     precisions = frozenset(PLUGIN_PRECISION)
-    uses_colossalai = True
     stage: ClassVar[int]
 
     def unsupported(self, cell: Cell) -> str | None:
         """See `Strategy.unsupported`."""
-        if self.offloaded and cell.settings.precision not in MASTER_MODES:
+        if self.offloaded and cell.settings.precision in PLUGIN_PRECISION.keys() - MASTER_MODES:
             return f"{self.name}: ColossalAI's cpu_offload moves masters only, and precision {cell.settings.precision} has none"
         return super().unsupported(cell) or (None if self.offloaded else optimizer_problem(cell))
 
     def forced_settings(self, cell: Cell) -> dict[str, Any]:
         """States in host memory are updated there, which only ColossalAI's Adam does fast enough to be of use."""
         return forced_hybrid(cell) if self.offloaded else {}
-
-    def start(self, cell: Cell, device: torch.device) -> None:  # noqa: ARG002
-        """See `Strategy.start`."""
-        start_colossalai(device)
 
     def prepare(self, module: nn.Module, cell: Cell, device: torch.device, *, learning_rate: float) -> Engine:  # noqa: ARG002
         """See `Strategy.prepare`. ColossalAI itself places the model on this rank's device."""

@@ -1,7 +1,8 @@
-"""Everything but ColossalAI's own strategies works where ColossalAI cannot be imported: ranks, the fork parent, the report."""
+"""Everything but ColossalAI's own strategies works where ColossalAI is not installed: plan, ranks, the fork parent, the report."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from tests.trials import tiny_cell, tiny_trial
 
 ROOT = Path(__file__).parents[2]
 BLOCK = """
+import importlib.metadata
 import sys
 
 class Blocked:
@@ -24,7 +26,13 @@ class Blocked:
         if name.partition(".")[0] == "colossalai":
             raise ImportError("colossalai is blocked")
 
+def find(name, find=importlib.metadata.Distribution.from_name):
+    if name == "colossalai":
+        raise importlib.metadata.PackageNotFoundError(name)
+    return find(name)
+
 sys.meta_path.insert(0, Blocked())
+importlib.metadata.Distribution.from_name = staticmethod(find)
 """
 SETTINGS = {
     "steps": 4, "global_batch": 8, "micro_batch": 4, "sequence_length": 64, "held_out_rows": 8, "learning_rate": 1e-2, "lap_steps": 2,
@@ -34,7 +42,7 @@ RANKS = {"naive": 1, "ddp": 2, "fsdp": 2, "zero2": 2}
 
 @pytest.fixture(scope="module")
 def blocked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder which, on the search path of a Python, makes `import colossalai` fail there."""
+    """A folder which, on the search path of a Python, hides ColossalAI there."""
     folder = tmp_path_factory.mktemp("blocked")
     (folder / "sitecustomize.py").write_text(BLOCK, encoding="utf-8")
     return folder
@@ -58,6 +66,14 @@ def records(folder: Path) -> dict[str, Record]:
     return {strategy: load_record(folder / strategy / "0.json") for strategy in RANKS}
 
 
+def bench(blocked: Path, folder: Path, *words: str) -> str:
+    """What a command prints that runs in `folder` without ColossalAI."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(blocked), str(ROOT)])}
+    done = subprocess.run([sys.executable, "-m", "bench", *words], check=False, capture_output=True, text=True, env=environment, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.mark.parametrize("strategy", ["naive", "ddp", "fsdp"])
 def test_strategies_of_torch_train_without_colossalai(records: dict[str, Record], strategy: str) -> None:
     record = records[strategy]
@@ -69,16 +85,22 @@ def test_strategies_of_torch_train_without_colossalai(records: dict[str, Record]
     assert "colossalai" not in record.parts[0].facts["versions"]
 
 
-def test_a_strategy_of_colossalai_says_that_it_is_missing(records: dict[str, Record]) -> None:
+def test_planning_skips_a_strategy_of_colossalai(blocked: Path, tmp_path: Path) -> None:
+    axes = {"stage": ["sft"], "model": ["bloom-tiny"], "strategy": list(RANKS)}
+    suite = {"suite": "alone", "axes": axes, "settings": {"device": "cpu", "precision": "fp32", "steps": 2}}
+    (tmp_path / "suite.yaml").write_text(json.dumps(suite), encoding="utf-8")
+    plan = json.loads(bench(blocked, tmp_path, "plan", "suite.yaml", "--format", "json"))
+    assert {cell["strategy"] for cell in plan["cells"].values()} == RANKS.keys() - {"zero2"}
+    assert [skipped["reason"] for skipped in plan["skipped"]] == ["zero2: colossalai is not installed; `make install` would be right"]
+
+
+def test_a_trial_that_cannot_import_colossalai_says_so(records: dict[str, Record]) -> None:
     record = records["zero2"]
     assert record.outcome == "error"
     assert "colossalai is blocked" in record.reason
 
 
 def test_a_report_is_made_without_colossalai(folder: Path, blocked: Path, tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(blocked), str(ROOT)])}
-    line = [sys.executable, "-m", "bench", "report", str(folder), "--output", str(tmp_path)]
-    done = subprocess.run(line, check=False, capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    bench(blocked, tmp_path, "report", str(folder), "--output", str(tmp_path))
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert all(strategy in text for strategy in RANKS)

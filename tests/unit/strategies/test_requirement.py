@@ -60,15 +60,26 @@ def test_an_extra_that_is_absent_or_old_is_a_reason_that_says_what_to_do(version
     assert impossible(cell(strategy)) is None
 
 
+@pytest.mark.parametrize("strategy", sorted(name for name, kind in all_strategies().items() if kind.uses_colossalai))
+def test_strategies_of_colossalai_are_skipped_where_it_is_absent_or_old(versions, strategy):
+    wanted = tiny_cell("sft", strategy=strategy, steps=4, processes_per_node=2, precision="bf16-master")
+    assert impossible(wanted) is None
+    versions["colossalai"] = None
+    assert impossible(wanted) == f"{strategy}: colossalai is not installed; `make install` would be right"
+    versions["colossalai"] = "0.4.9"
+    assert impossible(wanted) == f"{strategy}: colossalai >= 0.5.0 is needed; seen: 0.4.9"
+
+
 def test_a_suite_skips_what_is_not_installed_and_plans_the_rest(versions, tmp_path: Path):
-    versions |= {"deepspeed": None, "lightning-fabric": None, "torch": "2.13.0"}
+    versions |= {"deepspeed": None, "lightning-fabric": None, "colossalai": None, "torch": "2.13.0"}
     settings = {"device": "cpu", "launcher": "fork", "precision": "fp32", "steps": 2}
-    axes = {"stage": ["sft"], "model": ["bloom-tiny"], "strategy": ["naive", "fsdp", "deepspeed_zero3", "fabric"]}
+    axes = {"stage": ["sft"], "model": ["bloom-tiny"], "strategy": ["naive", "fsdp", "zero2", "deepspeed_zero3", "fabric"]}
     suite = tmp_path / "suite.yaml"
     suite.write_text(json.dumps({"suite": "extras", "axes": axes, "settings": settings}), encoding="utf-8")
     plan = make_plan(suite)
     assert {cell.strategy for cell in plan.cells.values()} == {"naive", "fsdp"}
     assert {skipped.cell.strategy: "is not installed" in skipped.reason for skipped in plan.skipped} == {
+        "zero2": True,
         "deepspeed_zero3": True,
         "fabric": True,
     }
@@ -95,17 +106,19 @@ def test_an_extra_that_an_image_does_not_hold_is_missing_there_though_it_is_inst
     assert all_strategies()["deepspeed_zero3"].missing("current") == f"deepspeed_zero3: {reason}"
 
 
-def test_an_images_file_is_judged_by_its_note_and_without_one_not_at_all(tmp_path: Path):
-    file = tmp_path / "brought.sqfs"
+@pytest.mark.parametrize("ending", [".sqfs", ".oci.tar"])
+def test_an_images_file_is_judged_by_its_note_and_without_one_not_at_all(tmp_path: Path, ending: str):
+    file = tmp_path / f"brought{ending}"
     need = Requirement("torch", "2.6")
     assert need.problem(str(file)) is None
-    file.with_suffix(".json").write_text(json.dumps({"image": "upstream"}), encoding="utf-8")
+    (tmp_path / "brought.json").write_text(json.dumps({"image": "upstream"}), encoding="utf-8")
     assert need.problem(str(file)) == "torch >= 2.6 is needed; seen: 2.5.1 in the image upstream"
 
 
 def test_a_requirement_of_the_project_itself_is_not_judged_where_nothing_trains(versions):
-    versions["torch"] = None
+    versions |= {"torch": None, "colossalai": None}
     assert Requirement("torch", "2.6").problem() is None
+    assert all_strategies()["zero2"].missing() is None
     assert Requirement("torch", "2.6", extra="cuda").problem() == "torch is not installed; `make install-cuda` would be right"
 
 
