@@ -173,7 +173,7 @@ class _Plan:
             return 0.0
         settings = self.cell.settings
         held, shares = self.held[role], self.cell.data_parallel_size if "optimizer" in self.strategy.sharded else 1
-        elements = -(-held.trainable // shares)
+        elements = self.strategy.updated_at_once(-(-held.trainable // shares))
         copies = 4 if settings.precision in MASTER_MODES and self.strategy.copies_gradients else 0
         largest = min(held.trainable, self.models[role].largest_update // held.ways) / shares
         moment = 2 if settings.precision == "bf16-pure" else 4

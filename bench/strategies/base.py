@@ -183,6 +183,10 @@ class Strategy(ABC):
         problems = [problem for requirement in self.requires if (problem := requirement.problem(container))]
         return f"{self.name}: {'; '.join(problems)}" if problems else None
 
+    def updated_at_once(self, elements: int) -> int:
+        """Of the elements that a rank updates: how many gradients are copied to fp32, and updated, before the next ones are."""
+        return elements
+
     def shapes_suffice(self, cell: Cell, rank: int) -> bool:  # noqa: ARG002
         """Whether `rank` may hand in models without weights (torch's meta device), since the first rank's are sent to it."""
         return False

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 REUSE = 1_000_000_000
 """What is used again before so many parameters have been used is not let go (DeepSpeed's default)."""
 
+SUB_GROUP = 1_000_000_000
+"""A rank's elements that are copied and updated at once (DeepSpeed's default, `sub_group_size`)."""
+
 
 class Zero3Engine(DeepSpeedZeroEngine):
     """Shards of the parameters lie in `parameter.ds_tensor`, their fp32 masters in flat tensors, whatever the precision."""
@@ -94,6 +97,10 @@ class DeepSpeedZero3(DeepSpeedZero):
     def gathered_share(self, elements: int, ranks: int) -> float:
         """See `Strategy.gathered_share`. On the way to its last layer and back a pass uses each parameter twice."""
         return 1.0 if ranks > 1 and 2 * elements <= REUSE else 0.0
+
+    def updated_at_once(self, elements: int) -> int:
+        """See `Strategy.updated_at_once`."""
+        return min(elements, SUB_GROUP)
 
     def reserved_elements(self, trainable: int) -> int:
         """See `Strategy.reserved_elements`. The bucket in which gradients are reduced."""

@@ -120,31 +120,22 @@ def somebody_lacks_weights(module: nn.Module, device: torch.device) -> bool:
 def send_weights(module: nn.Module, device: torch.device) -> None:
     """Put the first rank's parameters and buffers into `module` on every rank, on `device`; not what is in shards already. Collective.
 
-    Tensors that were one stay one.
+    The tensors stay the objects that they are, so that whoever else refers to one (a tied head, a plain attribute) has it, too.
     """
+    import torch
+    import torch.distributed as dist
     from torch import nn
     from torch.distributed.tensor import DTensor
 
-    sent: dict[int, torch.Tensor] = {}
-    for owner in module.modules():
-        for tensors in (owner._parameters, owner._buffers):
-            for name, held in tensors.items():
-                if held is None or isinstance(held, DTensor):
-                    continue
-                if id(held) not in sent:
-                    here = _from_first(held.detach(), device)
-                    sent[id(held)] = nn.Parameter(here, held.requires_grad) if isinstance(held, nn.Parameter) else here
-                tensors[name] = sent[id(held)]  # type: ignore[assignment]
-
-
-def _from_first(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The first rank's `tensor`, on `device`."""
-    import torch
-    import torch.distributed as dist
-
-    here = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
-    dist.broadcast(here, src=0)
-    return here
+    for held in (*module.parameters(), *module.buffers()):
+        if isinstance(held, DTensor):
+            continue
+        if held.is_meta:
+            here = torch.empty_like(held, device=device, requires_grad=False)
+            torch.utils.swap_tensors(held, nn.Parameter(here, held.requires_grad) if isinstance(held, nn.Parameter) else here)
+        else:
+            held.data = held.data.to(device)
+        dist.broadcast(held.detach(), src=0)
 
 
 def _drop_unless_needed(root: Any, _: Any, __: Any) -> None:

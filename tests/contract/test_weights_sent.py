@@ -25,19 +25,26 @@ def build(cell: Cell, *, scorer: bool, shapes: bool) -> nn.Module:
 
 
 def laid_out(cell: Cell, scorer: bool) -> tuple[bool, Any, Any]:
-    """Whether this rank's model had no weights; the trained model's state once it is laid out; what the frozen one makes of a batch."""
+    """Whether this rank's model had no weights before it was laid out; the trained one's state after; the frozen one's output."""
     strategy, shapes = all_strategies()[cell.strategy], all_strategies()[cell.strategy].shapes_suffice(cell, dist.get_rank())
     strategy.start(cell, device_of(cell))
     module, frozen = (build(cell, scorer=scorer, shapes=shapes) for _ in range(2))
     add_lora(module, cell, seed=7)
     bare = all(tensor.is_meta for name, tensor in module.named_parameters() if "lora_" not in name) and initial_sha256(module) is None
     engine = strategy.prepare(module, cell, device_of(cell), learning_rate=LEARNING_RATE)
+    bare = bare and not any(tensor.is_meta for tensor in anywhere(engine.module))
     state = engine.full_state()
     return (
         bare,
         state and {name: tensor.tolist() for name, tensor in state.items()},
         _output(strategy.place_frozen(frozen, cell, device_of(cell))),
     )
+
+
+def anywhere(module: nn.Module) -> list[torch.Tensor]:
+    """Every tensor of a model, those included that are plain attributes (LLaMA's `original_inv_freq`)."""
+    plain = [value for part in module.modules() for value in vars(part).values() if torch.is_tensor(value)]
+    return [*module.parameters(), *module.buffers(), *plain]
 
 
 def _output(module: Any) -> list[float]:

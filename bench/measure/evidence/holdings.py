@@ -96,7 +96,7 @@ class Holdings:
 
     def updated(self) -> dict[str, Tensor]:
         """What the optimizer updates: masters where there are any, else the weights."""
-        return _read(self.masters, "master") or self.weights()
+        return self.weights() if self.masters_are_parameters else _read(self.masters, "master") or self.weights()
 
     def count_trainable(self) -> int:
         """Trainable parameters of the module, over all ranks where a framework says so."""

@@ -168,3 +168,16 @@ def test_parameters_in_fp32_are_their_own_masters_where_the_mode_has_masters() -
         holdings = Holdings(Plain(), precision, CPU)  # type: ignore[arg-type]
         assert holdings.masters_are_parameters == own
         assert (holdings.parameters().elements, holdings.optimizer().elements) == ((0, 20) if own else (20, 0))
+
+
+def test_a_tensor_that_somebody_left_behind_hides_no_weights_that_are_their_own_masters():
+    """LLaMA's rotary embedding refers to its frequencies from a second place, which may have another copy."""
+
+    class Engine:
+        def __init__(self) -> None:
+            self.module = nn.Linear(4, 2)
+            self.module.left = torch.zeros(3)
+
+    holdings = Holdings(Engine(), "bf16-master", CPU)  # type: ignore[arg-type]
+    assert holdings.masters_are_parameters
+    assert holdings.updated().keys() == {"weight", "bias"}
