@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 from bench.cell import Cell, cell_to_json
@@ -25,13 +26,17 @@ def differing(contents: Sequence[Mapping[str, Any]]) -> list[str]:
     return [name for name in contents[0] if len({written(content[name]) for content in contents}) > 1]
 
 
-def apart(content: Mapping[str, Any], alike: Sequence[Mapping[str, Any]]) -> str:
-    """What tells one from those named alike, itself among them; nothing where it is alone.
+def told_apart(contents: Sequence[Mapping[str, Any]], looks: Sequence[Hashable]) -> list[str]:
+    """For each content, what tells it from those that look the same; nothing where it is alone.
 
-    >>> apart({"steps": 24, "seed": 1}, [{"steps": 24, "seed": 1}, {"steps": 60, "seed": 1}])
-    'steps 24'
+    >>> told_apart([{"steps": 24, "seed": 1}, {"steps": 60, "seed": 1}, {"steps": 60, "seed": 1}], ["naive", "naive", "ddp"])
+    ['steps 24', 'steps 60', '']
     """
-    return named(content, differing(alike))
+    alike: dict[Hashable, list[Mapping[str, Any]]] = defaultdict(list)
+    for content, look in zip(contents, looks, strict=True):
+        alike[look].append(content)
+    names = {look: differing(group) for look, group in alike.items()}
+    return [named(content, names[look]) for content, look in zip(contents, looks, strict=True)]
 
 
 def named(content: Mapping[str, Any], names: Iterable[str]) -> str:

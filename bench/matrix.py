@@ -147,8 +147,8 @@ class _Expansion:
             return
         self._check_vocabulary(axes, extra, path, settings)
         cell = Cell(**axes, settings=settings)
-        reason, lacking = impossible(cell), all_strategies()[cell.strategy].missing(cell.settings.container)
-        if reason and extra is not None and not lacking:
+        reason = impossible(cell)
+        if reason and extra is not None and not all_strategies()[cell.strategy].missing(cell.settings.container):
             self.mistakes.append(Mistake(path, f"this cell cannot run: {reason}", axes))
         elif reason:
             self.skipped.append(Skipped(cell=cell, reason=reason))

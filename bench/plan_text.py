@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import shlex
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from rich.text import Text
 
 from bench.cell import Cell
 from bench.data.sources import resolve
-from bench.differences import apart, settings_of
+from bench.differences import settings_of, told_apart
 from bench.layout import Layout
 from bench.matrix import Plan, Skipped
 from bench.measure.shape import shape_of
@@ -68,14 +68,11 @@ def _stage_table(stage: str, cells: list[Cell]) -> Table:
         "LoRA: states / peak of fullest rank",
     ):
         table.add_column(column)
-    alike: dict[tuple[str, ...], list[Cell]] = defaultdict(list)
-    for cell in cells:
-        alike[_row(cell)].append(cell)
-    rows: dict[tuple[str, ...], list[str]] = defaultdict(list)
-    for (model, strategy, *rest), twins in alike.items():
-        for cell in twins:
-            told = apart(settings_of(cell), [settings_of(twin) for twin in twins])
-            rows[model, f"{strategy} ({told})" if told else strategy, *rest].append(_state(cell))
+    looks = [_row(cell) for cell in cells]
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for cell, look, told in zip(cells, looks, told_apart([settings_of(cell) for cell in cells], looks), strict=True):
+        model, strategy, *rest = look
+        rows.setdefault((model, f"{strategy} ({told})" if told else strategy, *rest), []).append(_state(cell))
     for row, states in list(rows.items())[:MOST_ROWS]:
         table.add_row(*row, "\n".join(states))
     if len(rows) > MOST_ROWS:

@@ -6,11 +6,6 @@ cd "$(dirname "$0")"
 
 missing() { local program; for program in "$@"; do command -v "$program" >/dev/null || echo "$program"; done; }
 
-apt_packages() { # PACKAGE...: from the distribution, their services not started; at most four minutes
-    { timeout 60 apt-get update -qq; DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 timeout 180 apt-get install -y -qq --no-install-recommends "$@"; } \
-        >/tmp/coati-bench-apt.log 2>&1 || { tail -5 /tmp/coati-bench-apt.log >&2; return 3; }
-}
-
 lacking=$(missing mmdebstrap buildah mksquashfs apptainer | tr '\n' ' ')
 [ "$(id -u)" = 0 ] || [ "$lacking" != "apptainer " ] || [ "$(missing podman docker | wc -l)" = 2 ] || lacking=
 [ -n "$lacking" ] || { echo "the tools for images are here; nothing to do"; exit 0; }
@@ -19,5 +14,5 @@ if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
     exit 3
 fi
 echo "installing what is missing: $lacking"
-[ -z "$(missing mmdebstrap buildah mksquashfs)" ] || apt_packages mmdebstrap buildah squashfs-tools
-[ -z "$(missing apptainer)" ] || { [ -z "$(missing patchelf)" ] || apt_packages patchelf; timeout 240 ./install-apptainer.sh; }
+[ -z "$(missing mmdebstrap buildah mksquashfs)" ] || ./apt-packages.sh mmdebstrap buildah squashfs-tools
+[ -z "$(missing apptainer)" ] || { [ -z "$(missing patchelf)" ] || ./apt-packages.sh patchelf; timeout 240 ./install-apptainer.sh; }

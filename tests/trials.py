@@ -19,6 +19,8 @@ from bench.data.synthetic import file_content
 from bench.record import Input, Part, load_part
 from bench.trial import Trial, make_trial
 
+OF_A_GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Variables of a rank in a group; a process that inherits them takes itself for that rank."""
 KIND_OF = {"sft": "synthetic-instruct", "rm": "synthetic-pairs", "ppo": "synthetic-prompts"}
 
 SIZES: dict[str, dict[str, Any]] = {

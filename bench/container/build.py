@@ -31,13 +31,15 @@ from bench.container.tools import require, require_space
 from bench.container.wheelhouse import image_wheelhouse
 from bench.data.cache import sha256_of
 from bench.layout import cache_folder
-from bench.measure.provenance import ENVIRONMENT_FILE
+from bench.measure.provenance import ENVIRONMENT_FILE, IMAGE_HOME, short_digest
 
 SPACE = {"cpu": 8_000_000_000}
 """Bytes that a build takes at its peak, archive included; an image that is not named takes the CUDA size."""
 CUDA_SPACE = 26_000_000_000
-HOME = Path("opt") / "coati-bench"
+HOME = IMAGE_HOME.relative_to("/")
 """Where the image keeps this package, its locks and what it says of itself."""
+KERNELS = SITE_PACKAGES.relative_to("/") / "colossalai" / "_C"
+"""Where it keeps ColossalAI's kernels."""
 SOURCE_FILE, REVISION_FILE = "source.sha256", "revision"
 NONE = "none"
 """What an image says of kernels where it has none."""
@@ -160,7 +162,7 @@ def make_package(tree: Tree, package: Path, kernels: tuple[Kernels, Path] | None
     for name, line in said.items():
         (package / HOME / name).write_text(f"{line}\n", encoding="utf-8")
     if kernels:
-        modules = package / SITE_PACKAGES.relative_to("/") / "colossalai" / "_C"
+        modules = package / KERNELS
         modules.mkdir(parents=True)
         for name in kernels[0].modules:
             shutil.copy(kernels[1] / name, modules / name)
@@ -217,7 +219,7 @@ class Made(NamedTuple):
 def keep(image: Image, tree: Tree, made: Made, scratch: Path, folder: Path, *, archive: bool) -> Built:
     """Put the squashfs, the archive if wanted, and a note of what they are into `folder`, the note last."""
     digest = made.content.digest
-    name = f"coati-bench-{image.name}-{digest.removeprefix('sha256:')[:12]}"
+    name = f"coati-bench-{image.name}-{short_digest(digest)}"
     files = [folder / f"{name}.sqfs", *([folder / f"{name}.oci.tar"] if archive else [])]
     if archive:
         tree.write_archive(made.content, made.package, image.name, scratch / files[1].name)

@@ -25,6 +25,7 @@ from bench.container.runtimes import Runtime
 from bench.container.tools import explain, tail
 from bench.errors import MachineError, UserError
 from bench.layout import cache_folder
+from bench.measure.provenance import short_digest
 
 
 class Ids(NamedTuple):
@@ -155,7 +156,7 @@ def _one_at_a_time(runtime: Runtime, digest: str) -> Iterator[None]:
     """Hold the lock of loading an image, so that trials that start together load it once."""
     folder = cache_folder() / "images"
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f".load-{runtime.kind}-{digest.removeprefix('sha256:')[:12]}.lock").open("w") as file:
+    with (folder / f".load-{runtime.kind}-{short_digest(digest)}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

@@ -6,7 +6,6 @@ Of an archive the layers are hashed. Extended attributes count for nothing, sinc
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -14,27 +13,25 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from bench.container.build import HOME, NONE, REVISION_FILE, SOURCE_FILE
+from bench.container.build import HOME, KERNELS, NONE, REVISION_FILE, SOURCE_FILE
 from bench.container.buildah import tar_options
 from bench.container.engine import archive_manifest, checked_configuration
 from bench.container.images import DEFINITIONS
 from bench.container.inputs import PACKAGE, package_digest
 from bench.container.kernels import kernels_in
 from bench.container.manifest import LOCKS_LABEL, Layer, digest_of, environment_content, image_content, written_layer
-from bench.container.overlay import SITE_PACKAGES
 from bench.container.runtimes import ARCHIVE
 from bench.container.scratch import scratch_folder
 from bench.container.site import build_problems
 from bench.container.tools import as_root, missing_programs, require_space, run
 from bench.container.verify import kernels_of
 from bench.errors import UserError
-from bench.measure.provenance import ENVIRONMENT_FILE
+from bench.measure.provenance import ENVIRONMENT_FILE, locks_sha256
 
 UNPACKED = 4
 """Times the size of a squashfs: room for what is in it (seen: 2.2)."""
 NO_IMAGE = "{file}: no image of this project; seen: {seen}; a file of `coati-bench container build` would be right"
 LOCKS = HOME / "locks"
-KERNELS = SITE_PACKAGES.relative_to("/") / "colossalai" / "_C"
 
 
 def recompute(file: Path, note: Mapping[str, Any], folder: Path) -> str:
@@ -94,11 +91,9 @@ def held_by_squashfs(file: Path, scratch: Path) -> dict[str, str]:
 def locks_of(root: Path, file: Path) -> tuple[str, int]:
     """sha256 of the requirement files in an unpacked image, and the time of all its files. Raises UserError where there are none."""
     try:
-        texts = [(root / LOCKS / name).read_bytes() for name in ("wheels.txt", "sources.txt")]
-        epoch = int((root / LOCKS / "wheels.txt").stat().st_mtime)
+        return locks_sha256(root / HOME), int((root / LOCKS / "wheels.txt").stat().st_mtime)
     except OSError as error:
         raise UserError(NO_IMAGE.format(file=file, seen=f"/{LOCKS}: {error.strerror}")) from None
-    return hashlib.sha256(b"".join(texts)).hexdigest(), epoch
 
 
 def unpack(file: Path, target: Path, only: Sequence[str] = ()) -> None:

@@ -27,11 +27,11 @@ from bench.container.verify import check_file, is_committed, load_note
 from bench.errors import UserError
 from bench.layout import CACHE_VARIABLE, cache_folder
 from bench.measure.nvml import describe_devices
-from bench.measure.provenance import IMAGE_VARIABLE, short_digest
+from bench.measure.provenance import IMAGE_HOME, IMAGE_VARIABLE, short_digest
 from bench.trial import Trial
 
 PYTHON = "/opt/venv/bin/python"
-PACKAGE = "/opt/coati-bench"
+PACKAGE = str(IMAGE_HOME)
 OWN_VARIABLES = frozenset(
     {
         "PATH", "HOME", "USER", "LOGNAME", "LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHONPATH", "VIRTUAL_ENV", "CUDA_HOME", "CC", "CXX",

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.container.build import NONE, Built
+from bench.container.build import HOME, NONE, SOURCE_FILE, Built
 from bench.container.images import Image, committed
 from bench.container.inputs import build_inputs, differences, kernel_inputs
 from bench.container.tools import require, run
 from bench.data.cache import sha256_of
 from bench.errors import UserError
+from bench.measure.provenance import short_digest
 
 NO_KERNELS = (
     "ColossalAI's kernels (HybridAdam's; gemini and `optimizer: hybrid` on CUDA need them) are not in it: no compiler of its CUDA is locked"
@@ -112,7 +113,7 @@ def check_file(path: Path) -> dict[str, Any]:
     wanted, seen = note["sha256"].get(path.name), sha256_of(path)
     if seen != wanted:
         raise UserError(f"{path}: not the image that was built; seen: sha256 {seen}; {wanted} would be right; bring or build it again")
-    if note["digest"].removeprefix("sha256:")[:12] not in path.name:
+    if short_digest(note["digest"]) not in path.name:
         raise UserError(f"{path}: its name does not carry its digest; seen: {path.name}; {note['digest']}")
     return note
 
@@ -120,4 +121,4 @@ def check_file(path: Path) -> dict[str, Any]:
 def source_inside(squashfs: Path) -> str:
     """sha256 of the package that a squashfs image holds. Raises MachineError."""
     require("unsquashfs")
-    return run(["unsquashfs", "-cat", str(squashfs), "opt/coati-bench/source.sha256"], what="package inside the image").strip()
+    return run(["unsquashfs", "-cat", str(squashfs), str(HOME / SOURCE_FILE)], what="package inside the image").strip()

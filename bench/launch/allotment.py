@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 
 from bench.launch.classify import Verdict
-from bench.launch.srun import QUERY_SECONDS
+from bench.launch.srun import told_of
 
 EARLY_SECONDS = 2.0
 """Slurm's times are whole seconds."""
@@ -31,12 +29,11 @@ class Allotment:
         job = os.environ.get("SLURM_JOB_ID")
         if job is None:
             return None
-        with suppress(OSError, subprocess.SubprocessError, ValueError):
-            line = ["squeue", "-h", "-j", job, "-o", "%S %e"]
-            said = subprocess.run(line, capture_output=True, text=True, check=True, timeout=QUERY_SECONDS).stdout.split()
-            began, ends = (datetime.fromisoformat(when).timestamp() for when in said)
-            return cls(job, began, ends)
-        return None
+        try:
+            began, ends = (datetime.fromisoformat(when).timestamp() for when in told_of(job, "%S %e"))
+        except ValueError:
+            return None
+        return cls(job, began, ends)
 
     def verdict(self, asked: str) -> Verdict | None:
         """What became of a trial that had the whole allocation, if the signal `asked` came because its time is over."""

@@ -6,8 +6,9 @@ after the other, or in as many lanes as `limits.side_by_side` says.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 
 from bench.container.overlay import overlay_input
@@ -58,11 +59,11 @@ def run_block(
         parents = [
             stack.enter_context(ForkParent(log, program=program, preload=preload, search_path=search_path, keep=(lock,))) for log in logs
         ]
-        allotment, tried = Allotment.here(), list[str]()
+        allotments = repeat(Allotment.here(), plan.limits.side_by_side)
         agents = agents_here(block.nodes, program=program, search_path=search_path, keep=(lock,))
 
         def run(number: int, parent: ForkParent) -> Record:
-            return _run_one(plan, block, layout, number, Means(parent, agents, heard, allotment, tried))
+            return _run_one(plan, block, layout, number, parent=parent, agents=agents, stop=heard, allotments=allotments)
 
         seen = in_lanes(range(len(block.cells)), parents, run, heard)
         if heard.asked:
@@ -81,25 +82,21 @@ def _entry(record: Record, block: Block, layout: Layout) -> dict[str, object]:
     return {"cell_id": record.cell_id, "trial": block.trial, "outcome": record.outcome, "path": str(path)}
 
 
-@dataclass(frozen=True, slots=True)
-class Means:
-    """What a block runs its trials with."""
+def _run_one(
+    plan: Plan,
+    block: Block,
+    layout: Layout,
+    number: int,
+    *,
+    parent: ForkParent,
+    agents: Launcher,
+    stop: Stop,
+    allotments: Iterator[Allotment | None],
+) -> Record:
+    """The record of one trial of the block: the kept one, that of a failed start, or a new one.
 
-    parent: ForkParent
-    agents: Launcher
-    stop: Stop
-    allotment: Allotment | None
-    tried: list[str]
-    """Cells of which this allocation has seen a trial begin."""
-
-    def allotment_of(self, trial: Trial, lanes: int) -> Allotment | None:
-        """The allocation's, if it is all for this trial, which begins: it is among the first, and leaves nothing to go on from."""
-        self.tried.append(trial.parsed_cell.cell_id)
-        return self.allotment if len(self.tried) <= lanes and trial.parsed_cell.settings.save_every is None else None
-
-
-def _run_one(plan: Plan, block: Block, layout: Layout, number: int, means: Means) -> Record:
-    """The record of one trial of the block: the kept one, that of a failed start, or a new one."""
+    `allotments`: the allocation's, for the trials that begin first and so have all of it; each takes one.
+    """
     cell_id = block.cells[number]
     trial, problem = planned_trial(plan, block, layout, cell_id)
     saved = None if trial.save_to is None else Path(trial.save_to)
@@ -113,8 +110,9 @@ def _run_one(plan: Plan, block: Block, layout: Layout, number: int, means: Means
             if problem:
                 record = leave_failed_start(trial, path, problem)
             else:
-                allotment = means.allotment_of(trial, plan.limits.side_by_side)
-                record = run_trial(trial, path, parent=means.parent, agents=means.agents, stop=means.stop, allotment=allotment)
+                allotment = next(allotments, None)
+                resumes = trial.parsed_cell.settings.save_every is not None
+                record = run_trial(trial, path, parent=parent, agents=agents, stop=stop, allotment=None if resumes else allotment)
         line.end(record.outcome, record.reason, kept=kept is not None)
     return record
 

@@ -118,10 +118,15 @@ def agents_here(nodes: int, *, program: str = PROGRAM, search_path: tuple[str, .
 
 def allocated_nodes(job: str, variables: Mapping[str, str]) -> int:
     """How many nodes the allocation has, by the scheduler itself, else by the job's environment; 0 if nobody says."""
-    try:
-        done = subprocess.run(["squeue", "-h", "-j", job, "-o", "%D"], capture_output=True, text=True, check=False, timeout=QUERY_SECONDS)
-        told = done.stdout.split()
-    except (OSError, subprocess.TimeoutExpired):
-        told = []
+    told = told_of(job, "%D")
     number = told[0] if told else variables.get("SLURM_JOB_NUM_NODES", "0")
     return int(number) if number.isdigit() else 0
+
+
+def told_of(job: str, columns: str) -> list[str]:
+    """What squeue tells of a job, word by word; nothing where it does not answer."""
+    try:
+        line = ["squeue", "-h", "-j", job, "-o", columns]
+        return subprocess.run(line, capture_output=True, text=True, check=False, timeout=QUERY_SECONDS).stdout.split()
+    except (OSError, subprocess.TimeoutExpired):
+        return []

@@ -186,10 +186,15 @@ def container_runtime() -> str | None:
 
 def _container_locks() -> str | None:
     """sha256 over the locks that this process's image was made from, as they lie inside, or null."""
-    locks = [IMAGE_HOME / "locks" / name for name in ("wheels.txt", "sources.txt")]
-    if not all(path.exists() for path in locks):
+    try:
+        return locks_sha256(IMAGE_HOME)
+    except OSError:
         return None
-    return hashlib.sha256(b"".join(path.read_bytes() for path in locks)).hexdigest()
+
+
+def locks_sha256(home: Path) -> str:
+    """sha256 over the requirement files that an image was made from, in its folder `home`. Raises OSError where they are missing."""
+    return hashlib.sha256(b"".join((home / "locks" / name).read_bytes() for name in ("wheels.txt", "sources.txt"))).hexdigest()
 
 
 def _container_environment() -> str | None:

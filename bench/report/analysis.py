@@ -79,7 +79,7 @@ class CellResult:
     @property
     def flags(self) -> tuple[str, ...]:
         """What the trials flagged, in order, once each."""
-        return tuple(dict.fromkeys(flag for trial in self.trials for flag in trial.flags))
+        return tuple(dict.fromkeys(flag for trial in self.trials for flag in trial.record.flags))
 
     def summary(self, name: str) -> Summary | None:
         """A metric over the ok trials; None where none of them has it."""

@@ -61,7 +61,7 @@ def _row(analysis: Analysis, file: str) -> dict[str, Any]:
         "reference_band": band.state if band else None,
         **{name: trial.values[name].number if name in trial.values else None for name in METRICS},
         **settings,
-        "flags": json.dumps(trial.flags, ensure_ascii=False),
+        "flags": json.dumps(record.flags, ensure_ascii=False),
         "attempt": record.attempt,
         "launcher": record.launcher,
         "emulated": record.emulated,

@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from bench.differences import apart
+from bench.cell import Cell
+from bench.differences import told_apart
 from bench.report.analysis import Analysis, CellResult, RankedSet, memory_metric
 from bench.report.metrics import METRICS, primary_metric
 from bench.report.parity import NOTHING_TRAINED, compared
@@ -219,28 +220,29 @@ def _leanest(item: RankedSet) -> list[CellResult]:
 def answers(analysis: Analysis) -> list[Answer]:
     """One answer for each comparison set with two measured strategies at least."""
     found = []
-    for item in analysis.ranked_sets:
+    for item, question in zip(analysis.ranked_sets, _questions(analysis), strict=True):
         fastest, leanest = _fastest(item), _leanest(item)
         if fastest and leanest:
             notes = _note(fastest[0], primary_metric(item.cell.stage)), _note(leanest[0], memory_metric(item.results))
-            found.append(Answer(_question(item, analysis), names(fastest), notes[0], names(leanest), notes[1]))
+            found.append(Answer(question, names(fastest), notes[0], names(leanest), notes[1]))
     return found
 
 
-def _question(item: RankedSet, analysis: Analysis) -> str:
-    """What the set is about, and where others are named alike the settings that tell it from them."""
-    name = _set_name(item, analysis)
-    told = apart(compared(item.cell), [compared(it.cell) for it in analysis.ranked_sets if _set_name(it, analysis) == name])
-    return f"{name} · {told}" if told else name
-
-
-def _set_name(item: RankedSet, analysis: Analysis) -> str:
-    """Stage, LoRA rank and ranks; model and precision where there are several."""
-    cell, cells = item.cell, [result.cell for result in analysis.results]
+def _questions(analysis: Analysis) -> list[str]:
+    """What each set is about, and where others are named alike the settings that tell it from them."""
+    cells = [result.cell for result in analysis.results]
     models, precisions = {it.model for it in cells}, {it.settings.precision for it in cells}
+    shared = [item.cell for item in analysis.ranked_sets]
+    names = [_set_name(cell, models=len(models) > 1, precisions=len(precisions) > 1) for cell in shared]
+    told = told_apart([compared(cell) for cell in shared], names)
+    return [f"{name} · {settings}" if settings else name for name, settings in zip(names, told, strict=True)]
+
+
+def _set_name(cell: Cell, *, models: bool, precisions: bool) -> str:
+    """Stage, LoRA rank and ranks; model and precision where there are several of them."""
     adapters = f"LoRA {lora(cell)}" if cell.lora_rank else "full"
-    parts = [SPECS[cell.stage].title, *([cell.model] if len(models) > 1 else []), adapters, shape(cell)]
-    return " · ".join(parts + ([cell.settings.precision] if len(precisions) > 1 else []))
+    parts = [SPECS[cell.stage].title, *([cell.model] if models else []), adapters, shape(cell)]
+    return " · ".join(parts + ([cell.settings.precision] if precisions else []))
 
 
 def _note(result: CellResult, name: str) -> str:

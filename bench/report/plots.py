@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from statistics import median
@@ -10,7 +10,7 @@ from statistics import median
 from markupsafe import Markup
 
 from bench.cell import Cell
-from bench.differences import differing, named, settings_of
+from bench.differences import settings_of, told_apart
 from bench.report.analysis import Analysis, CellResult, memory_metric
 from bench.report.inventory import BASELINE
 from bench.report.metrics import METRICS, NoValue, phase_means, primary_metric
@@ -61,21 +61,24 @@ def stage_figures(analysis: Analysis, stage: str) -> list[Figure]:
     return [figure for make in makers for figure in make(analysis, stage, results)]
 
 
-def _facets(results: Sequence[CellResult]) -> Iterator[tuple[str, list[CellResult]]]:
-    """Cells by model and LoRA rank, with a heading."""
+def _facets(results: Sequence[CellResult]) -> Iterator[tuple[str, dict[CellResult, str]]]:
+    """Cells by model and LoRA rank, with their labels, and a heading."""
     several_models = len({result.cell.model for result in results}) > 1
     for (model, rank), members in groupby(results, key=lambda it: (it.cell.model, it.cell.lora_rank)):
         heading = f"LoRA rank {rank}" if rank else "full fine-tuning"
-        yield (f"{model} · {heading}" if several_models else heading), list(members)
+        yield (f"{model} · {heading}" if several_models else heading), _labels(list(members))
 
 
-def _label(result: CellResult, members: Sequence[CellResult]) -> str:
-    """Strategy, and what else tells it from its neighbours."""
-    label, precisions = _name(result.cell), {it.cell.settings.precision for it in members}
-    alike = [settings_of(it.cell) for it in members if _name(it.cell) == label]
-    names = [name for name in differing(alike) if name != "precision"]
-    told = [result.cell.settings.precision] * (len(precisions) > 1) + [named(settings_of(result.cell), names)] * bool(names)
-    return " ".join([label, *told])
+def _labels(members: Sequence[CellResult]) -> dict[CellResult, str]:
+    """Of each, its strategy and what else tells it from its neighbours."""
+    names, contents = [_name(it.cell) for it in members], [settings_of(it.cell) for it in members]
+    precisions = [content.pop("precision") for content in contents]
+    several = len(set(precisions)) > 1
+    told = told_apart(contents, names)
+    return {
+        it: " ".join(filter(None, (name, precision if several else "", settings)))
+        for it, name, precision, settings in zip(members, names, precisions, told, strict=True)
+    }
 
 
 def _name(cell: Cell) -> str:
@@ -111,15 +114,13 @@ def _series_figure(analysis: Analysis, results: Sequence[CellResult], name: str,
         for result in _naive_first(members):
             series = [trial.lead.series[name] for trial in result.ok if trial.record.lead and trial.lead.series.get(name)]
             if series:
-                curves.append(
-                    _curve(_label(result, members), middle_curve(series), style_of(result.cell.strategy, analysis), result.cell.strategy)
-                )
+                curves.append(_curve(members[result], middle_curve(series), style_of(result.cell.strategy, analysis), result.cell.strategy))
         if curves:
             panels.append(Panel(heading, line_chart(curves, title=f"{name}, {heading}", x_label=x_label, y_label=name)))
     return panels
 
 
-def _naive_first(members: Sequence[CellResult]) -> list[CellResult]:
+def _naive_first(members: Iterable[CellResult]) -> list[CellResult]:
     return sorted(members, key=lambda it: it.cell.strategy != BASELINE)
 
 
@@ -140,7 +141,7 @@ def _deviation_curves(analysis: Analysis, stage: str, results: Sequence[CellResu
             gaps = _gaps(analysis, result)
             if gaps:
                 shown.append(result)
-                curves.append(_curve(_label(result, members), gaps, style_of(result.cell.strategy, analysis), result.cell.strategy))
+                curves.append(_curve(members[result], gaps, style_of(result.cell.strategy, analysis), result.cell.strategy))
         if curves:
             title = f"deviation from naive, {heading}"
             panels.append(
@@ -154,7 +155,7 @@ def _deviation_curves(analysis: Analysis, stage: str, results: Sequence[CellResu
         yield Figure("Deviation from naive", caption, tuple(panels), _legend(analysis, shown))
 
 
-def _limits(members: Sequence[CellResult]) -> list[tuple[float, str]]:
+def _limits(members: Iterable[CellResult]) -> list[tuple[float, str]]:
     """The allowed deviations of the precisions among `members`."""
     partners = {item.single for result in members for item in result.parities if item.curve is not None}
     known = {True: (FP32_CURVE, "allowed in fp32"), False: (HALF_CURVE, f"allowed in 16 bits, mean of {HALF_STEPS} steps")}
@@ -189,7 +190,7 @@ def _held_out(analysis: Analysis, stage: str, results: Sequence[CellResult]) -> 
     for name in HELD_OUT_SHOWN[stage]:
         panels = []
         for heading, members in _facets(results):
-            changes = [change for result in members if (change := _change(analysis, result, members, name))]
+            changes = [change for result, label in members.items() if (change := _change(analysis, result, label, name))]
             if changes:
                 unit = METRICS[f"held_out_{name}_after"].unit
                 panels.append(
@@ -201,12 +202,12 @@ def _held_out(analysis: Analysis, stage: str, results: Sequence[CellResult]) -> 
             yield Figure(f"Held-out {name}", caption, tuple(panels))
 
 
-def _change(analysis: Analysis, result: CellResult, members: Sequence[CellResult], name: str) -> Change | None:
+def _change(analysis: Analysis, result: CellResult, label: str, name: str) -> Change | None:
     before, after = (result.summary(f"held_out_{name}_{edge}") for edge in ("before", "after"))
     if before is None or after is None:
         return None
     strategy = result.cell.strategy
-    return Change(_label(result, members), before.middle, after.middle, style_of(strategy, analysis), strategy)
+    return Change(label, before.middle, after.middle, style_of(strategy, analysis), strategy)
 
 
 # -- bars --------------------------------------------------------------------------------------------------------
@@ -222,7 +223,7 @@ def _metric_bars(analysis: Analysis, results: Sequence[CellResult], name: str) -
                 style = style_of(result.cell.strategy, analysis)
                 bars.append(
                     Bar(
-                        _label(result, members),
+                        members[result],
                         (("median", summary.middle, style),),
                         number(summary.middle),
                         result.cell.strategy,
@@ -259,8 +260,8 @@ def _phase_bars(_analysis: Analysis, stage: str, results: Sequence[CellResult]) 
     panels = []
     for heading, members in _facets([result for result in results if result in means]):
         bars = [
-            Bar(_label(it, members), tuple((name, value, styles[name]) for name, value in means[it].items()), "", it.cell.strategy)
-            for it in members
+            Bar(label, tuple((name, value, styles[name]) for name, value in means[it].items()), "", it.cell.strategy)
+            for it, label in members.items()
         ]
         panels.append(Panel(heading, bar_chart(bars, title=f"phases of an iteration, {heading}", unit="seconds per iteration")))
     if panels:

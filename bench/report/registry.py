@@ -8,7 +8,6 @@ from functools import cached_property, wraps
 from typing import Any, TypeVar, cast
 
 from bench.cell import SETTINGS, Cell
-from bench.measure.provenance import image_flags
 from bench.record import SIDE_BY_SIDE, Lap, Part, Record
 from bench.report.inventory import Row
 from bench.report.parity import NOTHING_TRAINED, trained_nothing
@@ -142,11 +141,6 @@ class Trial:
         self.record = replace(self.record, parts=parts)
         self.found.clear()
         return self.record
-
-    @property
-    def flags(self) -> list[str]:
-        """What the record flags, and what its image's provenance does."""
-        return list(dict.fromkeys([*self.record.flags, *image_flags(self.record.provenance)]))
 
     @property
     def lead(self) -> Part:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from bench.cell import Cell
-from bench.differences import apart, differing, named, settings_of, written
+from bench.differences import differing, named, settings_of, told_apart, written
 from bench.report.analysis import CellResult, memory_metric
 from bench.report.metrics import METRICS, primary_metric
 from bench.report.provenance import without_paths
@@ -98,16 +98,13 @@ def identity_columns(results: Sequence[CellResult], told: Sequence[str] = ()) ->
 
     Where cells are still alike, the settings stand below the strategy that tell them apart; not those that are `told` elsewhere.
     """
-    contents = {result: {name: value for name, value in settings_of(result.cell).items() if name not in told} for result in results}
-    looks = {result: (result.cell.strategy, *_group(result.cell)) for result in results}
-
-    def strategy(result: CellResult) -> TableCell:
-        return _strategy(result, apart(contents[result], [contents[it] for it in results if looks[it] == looks[result]]))
-
+    contents = [{name: value for name, value in settings_of(it.cell).items() if name not in told} for it in results]
+    looks = [(it.cell.strategy, *_group(it.cell)) for it in results]
+    settings = dict(zip(results, told_apart(contents, looks), strict=True))
     adapters = Column("LoRA", "rank", "Rank of the adapters; full trains all parameters.", numeric=True)
     ranks = Column("nodes × ranks", "per node", "Nodes times processes per node.")
     columns: list[tuple[Column, Make]] = [
-        (Column("strategy", help="How model and optimizer state lie over ranks."), strategy),
+        (Column("strategy", help="How model and optimizer state lie over ranks."), lambda it: _strategy(it, settings[it])),
         (adapters, lambda it: TableCell(lora(it.cell), sort=it.cell.lora_rank)),
         (ranks, lambda it: TableCell(shape(it.cell), sort=it.cell.world_size)),
     ]

@@ -86,9 +86,18 @@ def make_engine(cell: Cell, module: nn.Module | None = None) -> tuple[Strategy, 
     strategy = all_strategies()[cell.strategy]
     strategy.start(cell, device_of(cell))
     if module is None:
-        module = build_policy(trial_of(cell), shapes=strategy.shapes_suffice(cell, dist.get_rank()))
+        module = policy_here(trial_of(cell))
     add_lora(module, cell, seed=7)
     return strategy, strategy.prepare(module, cell, device_of(cell), learning_rate=LEARNING_RATE), module
+
+
+def policy_here(trial: Trial) -> nn.Module:
+    """The language model as a stage builds it on this rank: without weights where its strategy needs none here."""
+    return build_policy(trial, shapes=shapes_here(trial.parsed_cell))
+
+
+def shapes_here(cell: Cell) -> bool:
+    return all_strategies()[cell.strategy].shapes_suffice(cell, dist.get_rank())
 
 
 def device_of(cell: Cell) -> torch.device:
@@ -225,8 +234,7 @@ def two_engines(cell: Cell, steps: int) -> dict[str, list[float]]:
     """A policy and a critic that train in turn, beside a frozen reference that both are scored against."""
     strategy, policy, _ = make_engine(cell)
     critic = strategy.prepare(_critic(cell), cell, device_of(cell), learning_rate=LEARNING_RATE)
-    shapes = strategy.shapes_suffice(cell, dist.get_rank())
-    reference = strategy.place_frozen(build_policy(trial_of(cell), shapes=shapes), cell, device_of(cell))
+    reference = strategy.place_frozen(policy_here(trial_of(cell)), cell, device_of(cell))
     series: dict[str, list[float]] = {"policy": [], "critic": [], "reference": []}
     for _ in range(steps):
         with torch.no_grad():

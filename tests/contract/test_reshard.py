@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 
 from bench.cell import Cell
@@ -30,6 +29,7 @@ from tests.contract.strategy_work import (
     make_cell,
     make_engine,
     one_step,
+    policy_here,
     tolerance,
     trained,
     trial_of,
@@ -95,8 +95,7 @@ def load_each(cell: Cell, folders: list[str]) -> list[dict[str, Any]]:
 
 def load_one(cell: Cell, folder: Path) -> dict[str, Any]:
     start = Input(name="policy", path=str(folder), sha256=checkpoint_sha256(folder))
-    shapes = all_strategies()[cell.strategy].shapes_suffice(cell, dist.get_rank())
-    _, engine, _ = make_engine(cell, build_policy(make_trial(cell, 0, starts=[start], work="unused"), shapes=shapes))
+    _, engine, _ = make_engine(cell, policy_here(make_trial(cell, 0, starts=[start], work="unused")))
     state = engine.full_state()
     loss, _ = one_step(engine, cell)
     if state is None:
@@ -134,7 +133,7 @@ def train_adapters(cell: Cell, folder: str) -> dict[str, float]:
 
     strategy = all_strategies()[cell.strategy]
     strategy.start(cell, device_of(cell))
-    module = build_policy(trial_of(cell), shapes=strategy.shapes_suffice(cell, dist.get_rank()))
+    module = policy_here(trial_of(cell))
     facts, config = add_lora(module, cell, seed=7), module.config
     engine = strategy.prepare(module, cell, device_of(cell), learning_rate=0.05)
     for _ in range(3):

@@ -17,7 +17,7 @@ from bench.report.windows import counting_parts
 from bench.strategies.base import all_strategies
 from bench.trial import save_trial
 from tests.contract.strategy_work import comparable, kind_of, variants
-from tests.trials import only, run_forked, tiny_cell, tiny_trial
+from tests.trials import OF_A_GROUP, only, run_forked, tiny_cell, tiny_trial
 
 STRATEGIES = [name for name, kind in all_strategies().items() if kind.uses_colossalai or name == "ddp"]
 VARIANTS = [name for name, settings in variants().items() if settings["strategy"] in STRATEGIES]
@@ -133,7 +133,7 @@ def test_a_rank_that_nobody_launched_is_alone(run, root, strategy, monkeypatch):
     if reason := kind_of(strategy).missing():
         pytest.skip(reason)
     changes = {"strategy": strategy, "precision": comparable(strategy)}
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    for name in OF_A_GROUP:
         monkeypatch.delenv(name, raising=False)
     forked, cell = only(run("sft", 1, **changes)), cell_of("sft", 1, **changes, launcher="torchrun")
     trial = tiny_trial(cell, root / cell.cell_id)

@@ -6,14 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from bench.cell import Cell
 from bench.models.build import add_lora, build_policy, build_scorer, initial_sha256
 from bench.strategies.base import all_strategies
 from tests.contract.rank_harness import run_ranks
-from tests.contract.strategy_work import LEARNING_RATE, device_of, make_cell, trial_of
+from tests.contract.strategy_work import LEARNING_RATE, device_of, make_cell, shapes_here, trial_of
 
 SENDING = [name for name, kind in all_strategies().items() if kind.shapes_suffice(make_cell(name, 2), 1)]
 MODELS = ["bloom-tiny", "llama-tiny", "gpt2-tiny", "opt-tiny"]
@@ -26,9 +25,9 @@ def build(cell: Cell, *, scorer: bool, shapes: bool) -> nn.Module:
 
 def laid_out(cell: Cell, scorer: bool) -> tuple[bool, Any, Any]:
     """Whether this rank's model had no weights before it was laid out; the trained one's state after; the frozen one's output."""
-    strategy, shapes = all_strategies()[cell.strategy], all_strategies()[cell.strategy].shapes_suffice(cell, dist.get_rank())
+    strategy = all_strategies()[cell.strategy]
     strategy.start(cell, device_of(cell))
-    module, frozen = (build(cell, scorer=scorer, shapes=shapes) for _ in range(2))
+    module, frozen = (build(cell, scorer=scorer, shapes=shapes_here(cell)) for _ in range(2))
     add_lora(module, cell, seed=7)
     bare = all(tensor.is_meta for name, tensor in module.named_parameters() if "lora_" not in name) and initial_sha256(module) is None
     engine = strategy.prepare(module, cell, device_of(cell), learning_rate=LEARNING_RATE)

@@ -11,10 +11,7 @@ from typing import Any
 from bench.cell import Cell
 from bench.record import Part, load_part
 from bench.trial import save_trial
-from tests.trials import only, tiny_cell, tiny_trial
-
-OF_A_GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What the fixture `group` sets for this process; another one would be taken for the same rank."""
+from tests.trials import OF_A_GROUP, only, tiny_cell, tiny_trial
 
 SIZES: dict[str, dict[str, Any]] = {
     "sft": {"steps": 4, "global_batch": 8, "micro_batch": 4, "sequence_length": 64, "learning_rate": 1e-2},

@@ -26,8 +26,8 @@ SBATCH = '#!/bin/sh\nfor word; do echo "$word"; done > "{folder}/said"\nexit 1\n
 ACCOUNTS = "#!/bin/sh\necho account\n"
 
 
-def site(options: dict[str, str], *, devices: str) -> str:
-    """A site's profile: all lines of the template without `#`, some with another value; devices asked for by gres or by --gpus-per-node."""
+def site(devices: str) -> str:
+    """A site's profile: all lines of the template without `#`; devices asked for by gres or by --gpus-per-node."""
     text = TEMPLATE.read_text(encoding="utf-8").replace("slurm-no-account: true\n", "")
     text = re.sub(r"^# ( {2,}|default-resources:|set-resources:)", r"\1", text, flags=re.MULTILINE)
     text = re.sub(r"^# (slurm-qos|slurm-reservation)", r"\1", text, flags=re.MULTILINE)
@@ -35,7 +35,7 @@ def site(options: dict[str, str], *, devices: str) -> str:
     content = yaml.safe_load(usual)
     if devices == "gpus":
         content["set-resources"]["block"] |= yaml.safe_load(other)
-    return yaml.safe_dump({**content, **options})
+    return yaml.safe_dump(content)
 
 
 def asked(folder: Path, profile: str) -> list[str]:
@@ -60,7 +60,7 @@ def asked(folder: Path, profile: str) -> list[str]:
     ("gpus", ["--gpus-per-node=8"], "--gres=gpu:h100:8"),
 ])  # fmt: skip
 def test_every_line_of_the_template_reaches_sbatch(tmp_path: Path, devices: str, wanted: list[str], not_wanted: str) -> None:
-    words = asked(tmp_path, site({}, devices=devices))
+    words = asked(tmp_path, site(devices))
     said = " ".join(words)
     for option in (
         *wanted,

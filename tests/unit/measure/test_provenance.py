@@ -142,7 +142,8 @@ def test_records_without_an_image_or_of_older_images_are_not_flagged(older):
 
 
 def test_the_report_shows_what_an_images_provenance_flags():
-    record = replace(make_record(make_cell()), flags=["indicative"], provenance=provenance_of(committed=False))
+    """The record has these flags from its assembly (test_assemble.py)."""
+    record = replace(make_record(make_cell()), flags=["indicative", *provenance.image_flags(provenance_of(committed=False))])
     result = CellResult(record.parsed_cell, (Trial(Row(record, record.parsed_cell, "0.json")),), (), (), ())
     assert result.flags == ("indicative", "environment not the committed one")
 
