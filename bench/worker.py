@@ -327,6 +327,12 @@ class Rank:
                 self.found.facts.setdefault("non_finite", {}).setdefault(name, []).append(step)
             self.found.series.setdefault(name, []).append(value if finite else LARGEST)
 
+    def weigh_unfinished(self) -> None:
+        """Take in what the allocator held in the step that ran out of memory; an allocator that no longer answers leaves it out."""
+        if self.found.watch is not None:
+            with suppress(RuntimeError):
+                self.found.watch.note()
+
     def write(self, ending: Ending) -> None:
         """Write this rank's part; a disk that is full for a moment is waited for, as all that was measured is in it."""
         watch, path = self.found.watch, self.trial.part_path(self.rank)
@@ -485,6 +491,8 @@ def run_rank(trial: Trial) -> int:
         ending = rank.run()
     except Exception as error:  # noqa: BLE001 (whatever a framework raises is an outcome)
         ending = classify(error, rank.heart.phase, rank.heart.step)
+        if ending.outcome == "oom":
+            rank.weigh_unfinished()
         if ending.code != EXIT_OK:
             with suppress(OSError):  # a log on a full disk is no reason to lose the part
                 traceback.print_exc()

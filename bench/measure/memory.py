@@ -48,9 +48,11 @@ class MemoryWatch:
         if self._device.type != "cuda":
             notes.append("no allocator peaks: the device is a CPU")
             return Memory(host_peak_bytes=host_peak_bytes(), notes=notes)
+        if not self._reserved:
+            notes.append("no allocator peaks: no step was finished")
         return Memory(
-            peak_allocated_bytes=self._allocated,
-            peak_reserved_bytes=self._reserved,
+            peak_allocated_bytes=self._allocated or None,
+            peak_reserved_bytes=self._reserved or None,
             host_peak_bytes=host_peak_bytes(),
             phases_peak_allocated_bytes=dict(self._phases),
             notes=notes,

@@ -54,8 +54,8 @@ class CellResult:
 
     @cached_property
     def parity(self) -> Parity | None:
-        """The worst verdict over trials: struck, no partner, agrees, reference."""
-        order = ("struck", "no partner", "agrees", "reference")
+        """The worst verdict over trials: struck, no partner, peers agree, agrees, reference."""
+        order = ("struck", "no partner", "peers agree", "agrees", "reference")
         worst = max((item.largest or 0.0 for item in self.parities), default=0.0)
         key: Callable[[Parity], tuple[int, bool]] = lambda item: (order.index(item.state), (item.largest or 0.0) != worst)  # noqa: E731
         return min(self.parities, key=key, default=None)

@@ -92,16 +92,19 @@ def parity_states(analysis: Analysis) -> Counter[str]:
     return Counter(parity.state for parity in analysis.parities.values() if parity.reason != NOTHING_TRAINED)
 
 
+def _judged(states: Counter[str]) -> int:
+    """Trials whose losses were held to those of others."""
+    return states["agrees"] + states["peers agree"] + states["struck"]
+
+
 def _whether_losses_agree(analysis: Analysis) -> str:
     states = parity_states(analysis)
-    judged = states["agrees"] + states["struck"]
+    judged = _judged(states)
     if not judged:
         return "No trial could be compared with naive, so nothing says whether the strategies compute the same."
-    worst = _worst(analysis)
-    tail = f" ({worst})" if worst else ""
     rest = f" {counted(states['no partner'], 'trial has', 'trials have')} no partner to be compared with." if states["no partner"] else ""
     if not states["struck"]:
-        return f"Losses agree: {_all(judged)} with naive within tolerance{tail}.{rest}"
+        return " ".join(_agreements(analysis, states)) + rest
     which = sorted(
         {
             analysis.trials[file].cell.strategy
@@ -115,22 +118,28 @@ def _whether_losses_agree(analysis: Analysis) -> str:
     )
 
 
+def _agreements(analysis: Analysis, states: Counter[str]) -> Iterator[str]:
+    if states["agrees"]:
+        yield f"Losses agree: {_all(states['agrees'])} with naive within tolerance{_worst(analysis, 'agrees')}."
+    if states["peers agree"]:
+        which = counted(states["peers agree"], "trial has", "trials have")
+        worst = _worst(analysis, "peers agree")
+        yield f"{which} no naive to be compared with but agree with each other{worst}; an error that all share would not show."
+
+
 def _all(judged: int) -> str:
     return "the one comparable trial agrees" if judged == 1 else f"all {judged} comparable trials agree"
 
 
-def _worst(analysis: Analysis) -> str:
-    """Largest deviation of the agreeing trials, in fp32 and in 16 bits."""
+def _worst(analysis: Analysis, state: str) -> str:
+    """Largest deviation of the trials in `state`, in fp32 and in 16 bits, in brackets; empty without any."""
     largest: dict[str, float] = {}
     for parity in analysis.parities.values():
-        if parity.state == "agrees" and parity.largest is not None:
+        if parity.state == state and parity.largest is not None:
             kind = "fp32" if parity.single else "16 bits"
             largest[kind] = max(largest.get(kind, 0.0), parity.largest)
-    return (
-        "largest deviation " + listed([f"{value:.1e} in {kind}" for kind, value in sorted(largest.items(), reverse=True)])
-        if largest
-        else ""
-    )
+    figures = listed([f"{f'{value:.1e}' if value else 0} in {kind}" for kind, value in sorted(largest.items(), reverse=True)])
+    return f" (largest deviation {figures})" if largest else ""
 
 
 def _speed(analysis: Analysis) -> Iterator[str]:
@@ -266,14 +275,14 @@ def tiles(analysis: Analysis) -> list[Tile]:
     """The summary strip."""
     outcomes, states, plan = analysis.outcomes, parity_states(analysis), analysis.inventory.plan
     failed, total = sum(outcomes.values()) - outcomes["ok"], sum(outcomes.values())
-    judged = states["agrees"] + states["struck"]
+    judged = _judged(states)
     strips = [
         Tile("trials ok", str(outcomes["ok"]), f"of {total}", "good" if failed == 0 else ""),
         Tile("failed", str(failed), "a failure is a result", "bad" if failed else ""),
         Tile(
             "losses agree",
-            f"{states['agrees']}",
-            f"of {judged} compared with naive",
+            f"{states['agrees'] + states['peers agree']}",
+            f"of {judged} compared with {_partner_words(states)}",
             "bad" if states["struck"] else "good" if judged else "",
         ),
         Tile("strategies", str(len(analysis.strategies)), f"in {counted(len(analysis.stages), 'stage')}"),
@@ -284,3 +293,10 @@ def tiles(analysis: Analysis) -> list[Tile]:
             3, Tile("missing", str(len(analysis.inventory.missing)), "planned, no record", "warn" if analysis.inventory.missing else "")
         )
     return strips
+
+
+def _partner_words(states: Counter[str]) -> str:
+    """What losses were held to."""
+    if not states["peers agree"]:
+        return "naive"
+    return "naive or each other" if states["agrees"] else "each other (no naive)"

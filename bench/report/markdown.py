@@ -89,7 +89,8 @@ def _failures(page: Page) -> Iterator[str]:
     if page.failures:
         yield "## Failures"
     for item in page.failures:
-        yield f"- **{plain(item.outcome)}** {plain(item.cell)} · trial {item.trial}: {plain(item.reason)}"
+        memory = f" ({item.memory})" if item.memory else ""
+        yield f"- **{plain(item.outcome)}** {plain(item.cell)} · trial {item.trial}: {plain(item.reason + memory)}"
         if item.log:
             yield code_block(item.log)
 

@@ -6,22 +6,20 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from bench.cell import Cell
 from bench.measure.devices import DeviceRow
-from bench.record import Record
 from bench.report.analysis import Analysis, CellResult
 from bench.report.detail_tables import Detail, detail_tables
-from bench.report.device import measured_on
+from bench.report.device import card_bytes, measured_on
 from bench.report.evidence import evidence_tables
 from bench.report.headline import Answer, Tile, answers, sentences, tiles
 from bench.report.inventory import BadFile
 from bench.report.nodes import node_tables
 from bench.report.plots import Figure, stage_figures, style_of
 from bench.report.provenance import DataSet, Fact, data_sets, provenance_facts, run_facts, without_paths
-from bench.report.registry import Given, NoValue
+from bench.report.registry import GIB, Given, NoValue, Trial
 from bench.report.scaling import scaling_tables
 from bench.report.tables import Table, cell_words, stage_table
-from bench.report.text import counted, first_line, lora, shape
+from bench.report.text import counted, first_line, lora, number, shape
 from bench.stages.base import SPECS
 
 SYMBOLS = {
@@ -54,6 +52,8 @@ class Failure:
     """First line."""
     log: str
     """The rest: last log lines."""
+    memory: str
+    """What a trial that ran out of a device's memory would have needed, and what there was; else empty."""
     file: str
     strategy: str
 
@@ -179,13 +179,32 @@ def _failures(analysis: Analysis) -> Iterable[Failure]:
     for result in analysis.results:
         for trial, file in zip(result.trials, result.files, strict=True):
             if trial.record.outcome != "ok":
-                yield _failure(trial.record, result.cell, file)
+                yield _failure(trial, file)
 
 
-def _failure(record: Record, cell: Cell, file: str) -> Failure:
+def _failure(trial: Trial, file: str) -> Failure:
+    record, cell = trial.record, trial.cell
     reason = without_paths(record.reason or "no reason was recorded")
     log = "\n".join(reason.splitlines()[1:])
-    return Failure(cell_words(cell), record.trial, record.outcome, first_line(reason), log, file, cell.strategy)
+    return Failure(cell_words(cell), record.trial, record.outcome, first_line(reason), log, _missing_memory(trial), file, cell.strategy)
+
+
+def _missing_memory(trial: Trial) -> str:
+    if trial.record.outcome != "oom" or trial.cell.settings.device != "cuda":
+        return ""
+    card = card_bytes(trial)
+    figures = {
+        "peak by theory": _gib(trial, "theory_peak_gib"),
+        "the device": "" if card is None else number(card / GIB),
+        "seen in use": _gib(trial, "device_memory_gib"),
+        "allocated": _gib(trial, "peak_allocated_gib"),
+    }
+    return ", ".join(f"{what} {figure} GiB" for what, figure in figures.items() if figure)
+
+
+def _gib(trial: Trial, name: str) -> str:
+    value = trial.values[name].number
+    return "" if value is None else number(value)
 
 
 def _notices(pairs: Iterable[tuple[str, str]]) -> list[Notice]:
@@ -228,6 +247,8 @@ def _notes(results: Iterable[CellResult]) -> Iterable[str]:
             found[f"Not finite in some steps, which ended no trial: {name}."] += 1
         if result.parity and result.parity.state == "no partner":
             found[f"Not compared: {result.parity.reason}."] += 1
+        if result.parity and result.parity.state == "peers agree":
+            found[f"Losses compared with other strategies only: {result.parity.reason}."] += 1
         if _claimed_across_one(result):
             found[ACROSS_ONE] += 1
         if device := known_device(result):

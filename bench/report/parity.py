@@ -24,8 +24,8 @@ PPO_SCALE = 1.0
 """The policy's loss begins near 0 (whitened advantages), so deviations of PPO are relative to at least the advantages' own scale."""
 SAME_SPEED = ("global_batch", "scaling", "tensor_parallel", "pipeline_parallel")
 """Settings that a partner may have otherwise; the batch of a whole step stands for the first ones."""
-SAME_LOSS = (*SAME_SPEED, "precision", "launcher", "micro_batch", "lap_steps", "activation_checkpointing")
-"""Settings that a parity partner may have otherwise."""
+SAME_LOSS = (*SAME_SPEED, "precision", "launcher", "micro_batch", "lap_steps", "activation_checkpointing", "optimizer")
+"""Settings that a parity partner may have otherwise; every optimizer is AdamW, in another implementation."""
 ROLES = ("tokenizer", "policy", "reward")
 
 
@@ -34,10 +34,10 @@ class Parity:
     """Verdict on one trial's losses."""
 
     state: str
-    """`reference` (naive itself), `agrees`, `struck`, `no partner`."""
+    """`reference` (naive itself), `agrees`, `struck`, `no partner`; `peers agree` where others stand in for naive."""
     reason: str = ""
     first: float | None = None
-    """Relative deviation of the first loss from the partner's."""
+    """Relative deviation of the first loss from the partner's; of `peers agree` the largest from those that agree, of the curve too."""
     curve: float | None = None
     """fp32: largest relative deviation over the compared steps; 16 bits: relative deviation of their mean."""
     steps: int = 0
@@ -104,7 +104,7 @@ def judge(rows: Iterable[Row]) -> dict[str, Parity]:
     for members in groups.values():
         baselines = [row for row in members if row.cell.strategy == BASELINE]
         verdicts = {row.file: _against_naive(row, baselines) for row in members}
-        found |= _against_peers(members, verdicts)
+        found |= _without_naive(members, _against_peers(members, verdicts))
     return found
 
 
@@ -124,20 +124,22 @@ def _against_naive(row: Row, baselines: Sequence[Row]) -> Parity:
         return Parity(
             state="no partner", reason=f"no ok trial of naive with this seed in {' or '.join(dict.fromkeys((precision, 'fp32')))}"
         )
-    return _compare(row, partners[0])
+    return _compare(row, min(partners, key=lambda item: item.cell.settings.optimizer != row.cell.settings.optimizer), HALF_FIRST)
 
 
-def _compare(row: Row, partner: Row) -> Parity:
+def _compare(row: Row, partner: Row, half_first: float) -> Parity:
+    """`half_first`: by how much the first losses may differ in 16 bits."""
+    whose = f"{partner.cell.strategy}'s"
     known: dict[str, Any] = {"partner": partner.file, "partner_precision": precision_of(partner)}
     other = _other_start(row.record, partner.record)
     if other:
         chained = row.cell.settings.warm_start == "chain"
         why = "a chain continues each cell's own weights" if chained else "the runs began from different warm starts"
-        return Parity(state="no partner", reason=f"other {other} than naive's: {why}", **known)
+        return Parity(state="no partner", reason=f"other {other} than {whose}: {why}", **known)
     hashes = [_fact(item.record, "initial_weights_sha256") for item in (row, partner)]
     if None not in hashes and hashes[0] != hashes[1]:
-        return Parity(state="struck", reason="initial weights differ from naive's (sha256)", **known)
-    return _compare_curves(row, partner, known)
+        return Parity(state="struck", reason=f"initial weights differ from {whose} (sha256)", **known)
+    return _compare_curves(row, partner, half_first, known)
 
 
 def _other_start(record: Record, partner: Record) -> str | None:
@@ -149,16 +151,16 @@ def _fact(record: Record, name: str) -> Any:
     return record.lead.facts.get(name) if record.lead else None
 
 
-def _compare_curves(row: Row, partner: Row, known: dict[str, Any]) -> Parity:
+def _compare_curves(row: Row, partner: Row, half_first: float, known: dict[str, Any]) -> Parity:
     mine, theirs = losses(row.record), losses(partner.record)
     single = precision_of(row) == precision_of(partner) == "fp32"
-    first_allowed, curve_allowed = (FP32_FIRST, FP32_CURVE) if single else (HALF_FIRST, HALF_CURVE)
+    first_allowed, curve_allowed = (FP32_FIRST, FP32_CURVE) if single else (half_first, HALF_CURVE)
     steps = compared_steps(row.cell.stage, row.record, exact=single)
     gaps = deviations(mine[:steps], theirs[:steps], row.cell.stage)
     means = deviations([fmean(mine[:steps])], [fmean(theirs[:steps])], row.cell.stage)
     result = Parity(state="agrees", first=gaps[0], curve=max(gaps if single else means), steps=len(gaps), single=single, **known)
     if len(mine) != len(theirs):
-        return replace(result, state="struck", reason=f"{len(mine)} steps against naive's {len(theirs)}")
+        return replace(result, state="struck", reason=f"{len(mine)} steps against {partner.cell.strategy}'s {len(theirs)}")
     if gaps[0] > first_allowed:
         return replace(result, state="struck", reason=f"first loss deviates by {gaps[0]:.1e}; allowed {first_allowed:.0e}")
     if result.curve is not None and result.curve > curve_allowed:
@@ -210,6 +212,26 @@ def _against_peers(members: Sequence[Row], verdicts: dict[str, Parity]) -> dict[
             )
             result[row.file] = replace(verdicts[row.file], state="struck", reason=reason)
     return result
+
+
+def _without_naive(members: Sequence[Row], verdicts: dict[str, Parity]) -> dict[str, Parity]:
+    """A model that one rank cannot train has no `naive`: its strategies are held to each other. What most of them contradict is struck."""
+    alone = [row for row in members if verdicts[row.file].state == "no partner" and verdicts[row.file].partner is None]
+    return verdicts | {row.file: _among_peers(row, alone, verdicts[row.file]) for row in alone}
+
+
+def _among_peers(row: Row, alone: Sequence[Row], verdict: Parity) -> Parity:
+    found = [_compare(row, other, HALF_PEERS) for other in alone if _is_peer(row, other)]
+    found = [item for item in found if item.state != "no partner"]
+    apart = [item for item in found if item.state == "struck"]
+    if len(apart) * 2 > len(found):
+        who = "the only other strategy" if len(found) == 1 else f"{len(apart)} of {len(found)} other strategies' trials"
+        return replace(verdict, state="struck", reason=f"no naive to compare with, and other losses than {who}: {apart[0].reason}")
+    near = [item for item in found if item.state == "agrees"]
+    if not near:
+        return verdict
+    first, curve = max(item.first or 0.0 for item in near), max(item.curve or 0.0 for item in near)
+    return replace(verdict, state="peers agree", first=first, curve=curve, steps=near[0].steps, single=near[0].single)
 
 
 def _is_peer(row: Row, other: Row) -> bool:

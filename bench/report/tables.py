@@ -232,7 +232,7 @@ def parity_cell(result: CellResult) -> TableCell:
     note = "" if parity.largest is None else f"{parity.largest:.1e}" if parity.largest else "exact"
     if parity.partner_precision and parity.partner_precision != result.cell.settings.precision:
         note = f"{note} (naive in {parity.partner_precision})"
-    kind = {"agrees": "good", "struck": "bad", "no partner": "muted"}.get(parity.state, "")
+    kind = {"agrees": "good", "peers agree": "good", "struck": "bad", "no partner": "muted"}.get(parity.state, "")
     return TableCell(parity.state, note.strip(), parity.largest if parity.largest is not None else "", kind, parity.reason)
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from bench import worker
 from bench.measure.clock import OTHER, LapClock, PhaseClock
 from bench.measure.memory import MemoryWatch
-from bench.record import Part
+from bench.record import Part, load_part
 from bench.report.metrics import METRICS
 from bench.report.registry import Row, Trial
 from bench.stages.base import Place, StepReport
@@ -154,6 +157,37 @@ def test_each_phase_has_its_own_peak_and_the_largest_is_the_loop_s(synthetic: Ti
     memory = watch.read()
     assert memory.phases_peak_allocated_bytes == {"rollout": 600, "learn": 400}
     assert memory.peak_allocated_bytes == 600
+
+
+def test_a_step_that_runs_out_of_memory_leaves_what_the_allocator_held(
+    synthetic: Time, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    trial = make_trial(tiny_cell("sft", strategy="ddp", steps=5, lap_steps=5), 0, work=str(tmp_path))
+
+    class Greedy(TimedStage):
+        def advance(self, index: int) -> StepReport:
+            synthetic.hold(700)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB. GPU 0 has a total capacity of 2.00 GiB")
+
+    def train(rank: Rank) -> None:
+        rank.found.watch = MemoryWatch(CUDA)
+        rank._evidence = SimpleNamespace(begin=lambda: None, tracing=lambda _: contextlib.nullcontext())
+        rank._train(Greedy(synthetic, [0.5] * 5, 1), Place(device=CUDA, rank=0, world_size=1), SimpleNamespace(), 0)
+
+    monkeypatch.setattr(Rank, "run", train)
+    assert worker.run_rank(trial) == worker.EXIT_OOM
+    part = load_part(trial.part_path(0))
+    assert (part.outcome, part.reason) == ("oom", f"out of memory in phase train at step 0: {2**30} bytes requested")
+    assert part.memory.peak_allocated_bytes == 700
+
+
+def test_where_no_step_was_finished_no_peak_is_told(synthetic: Time) -> None:
+    watch = MemoryWatch(CUDA)
+    watch.start()
+    memory = watch.read()
+    assert (memory.peak_allocated_bytes, memory.peak_reserved_bytes) == (None, None)
+    assert "no allocator peaks: no step was finished" in memory.notes
 
 
 def test_phases_do_not_nest(synthetic: Time) -> None:

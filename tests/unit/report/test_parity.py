@@ -194,6 +194,73 @@ def test_one_strategy_alone_has_no_peers_to_disagree_with() -> None:
     assert halves(ddp=2.03) == {"ddp": "agrees"}
 
 
+def alone(precision: str = "bf16-master", **losses: list[float]) -> dict[str, Parity]:
+    """Verdicts of strategies with these losses where naive has no trial."""
+    rows = {name: with_losses(make_row(make_cell("sft", name, precision=precision)), values) for name, values in losses.items()}
+    found = judge(rows.values())
+    return {name: found[row.file] for name, row in rows.items()}
+
+
+def test_without_naive_the_strategies_stand_in_for_it() -> None:
+    found = alone(ddp=FLAT, zero2=[2.001, *FLAT[1:]], fsdp=FLAT)
+    assert {verdict.state for verdict in found.values()} == {"peers agree"}
+    assert found["ddp"].largest == pytest.approx(0.001 / 2.001)
+    assert found["ddp"].reason == "no ok trial of naive with this seed in bf16-master or fp32"
+    assert found["ddp"].partner is None
+
+
+def test_without_naive_the_odd_one_out_is_struck() -> None:
+    found = alone(ddp=FLAT, zero2=FLAT, fsdp=[2.003, *FLAT[1:]])
+    assert {name: verdict.state for name, verdict in found.items()} == {"ddp": "peers agree", "zero2": "peers agree", "fsdp": "struck"}
+    assert found["fsdp"].reason == (
+        "no naive to compare with, and other losses than 2 of 2 other strategies' trials: first loss deviates by 1.5e-03; allowed 1e-03"
+    )
+    assert found["ddp"].largest == 0.0
+
+
+def test_without_naive_two_that_disagree_are_both_struck() -> None:
+    stopped = {name: verdict.text for name, verdict in alone(ddp=[2.0, *[1.0] * 29], zero2=FLAT).items()}
+    why = "struck: no naive to compare with, and other losses than the only other strategy"
+    assert stopped == {
+        "ddp": f"{why}: mean of 10 steps deviates by 4.5e-01; allowed 5e-02",
+        "zero2": f"{why}: mean of 10 steps deviates by 8.2e-01; allowed 5e-02",
+    }
+
+
+def test_without_naive_fp32_is_held_to_its_own_tolerance() -> None:
+    assert {verdict.state for verdict in alone("fp32", ddp=FLAT, zero2=[2.0 * (1 + 0.9e-5), *FLAT[1:]]).values()} == {"peers agree"}
+    assert {verdict.state for verdict in alone("fp32", ddp=FLAT, zero2=[2.0 * (1 + 1.2e-5), *FLAT[1:]]).values()} == {"struck"}
+
+
+def test_one_strategy_without_naive_has_no_partner() -> None:
+    assert alone(ddp=FLAT)["ddp"].state == "no partner"
+
+
+def test_without_naive_other_initial_weights_are_struck() -> None:
+    rows = [make_row(make_cell("sft", "ddp")), with_losses(make_row(make_cell("sft", "zero2")), FLAT, initial_weights_sha256=sha("others"))]
+    assert judge(rows)[rows[1].file].reason.endswith("the only other strategy: initial weights differ from ddp's (sha256)")
+
+
+def test_chains_without_naive_are_not_compared_with_each_other() -> None:
+    rows = [make_row(make_cell("rm", name, warm_start="chain")) for name in ("ddp", "zero2")]
+    others = [dataclasses.replace(item, sha256=sha("own")) if item.name == "policy" else item for item in rows[1].record.inputs]
+    rows[1] = Row(dataclasses.replace(rows[1].record, inputs=others), rows[1].cell, rows[1].file)
+    assert {verdict.state for verdict in judge(rows).values()} == {"no partner"}
+
+
+def test_a_naive_of_another_precision_leaves_the_strategies_to_each_other() -> None:
+    modes = {"naive": "fp16-master", "ddp": "bf16-master", "zero2": "bf16-master"}
+    rows = [make_row(make_cell("sft", name, precision=mode)) for name, mode in modes.items()]
+    assert [judge(rows)[row.file].state for row in rows] == ["reference", "peers agree", "peers agree"]
+
+
+def test_every_adamw_is_a_partner_and_the_same_one_is_preferred() -> None:
+    other, same = make_row(make_cell("sft", optimizer="fused")), make_row(make_cell("sft", optimizer="foreach"))
+    row = make_row(make_cell("sft", "ddp", optimizer="foreach"))
+    assert judge([other, row])[row.file].partner == other.file
+    assert judge([other, same, row])[row.file].partner == same.file
+
+
 def test_a_chart_can_find_the_partner() -> None:
     rows = [make_row(make_cell("sft")), make_row(make_cell("sft", "ddp"))]
     assert judge(rows)[rows[1].file].partner == rows[0].file

@@ -18,13 +18,15 @@ import pytest
 
 from bench.errors import UserError
 from bench.matrix import save_plan
-from bench.record import OUTCOMES, save_record
+from bench.record import OUTCOMES, Memory, save_record
 from bench.report.commands import report
 from bench.report.detail_tables import GROUPS
 from bench.report.documentation import metrics_page
 from bench.report.make import ReportPaths, make_report
 from bench.report.metrics import METRICS
 from bench.report.provenance import without_paths
+from bench.report.registry import GIB, Row, Trial
+from bench.report.text import number
 from tests.unit.report.trial_factory import (
     content_of,
     failures,
@@ -270,6 +272,35 @@ def test_a_record_of_a_failed_warm_start_is_reported(tmp_path: Path) -> None:
     assert "0 of 1 trial ended ok and 1 did not (1 error)." in text
     assert "No trial could be compared with naive" in text
     assert "warm start sft-naive failed: out of memory" in text
+
+
+def test_strategies_without_a_naive_are_held_to_each_other(tmp_path: Path) -> None:
+    oom = make_record(make_cell("sft"), outcome="oom", reason="rank 0: out of memory", ranks=range(0))
+    records = [oom, *(make_record(make_cell("sft", name)) for name in ("ddp", "zero2"))]
+    page = text_of(report(suite_folder(tmp_path / "alone", records), tmp_path / "alone"))
+    assert "2 trials have no naive to be compared with but agree with each other (largest deviation 1.0e-07 in fp32); an error" in page
+    assert "of 2 compared with each other (no naive)" in page
+    assert "Losses compared with other strategies only: no ok trial of naive with this seed in fp32. (2 cells)" in page
+    records += [make_record(make_cell("rm", name)) for name in ("naive", "ddp")]
+    page = text_of(report(suite_folder(tmp_path / "both", records), tmp_path / "both"))
+    assert "Losses agree: the one comparable trial agrees with naive within tolerance" in page
+    assert "2 trials have no naive to be compared with but agree with each other" in page
+    assert "of 3 compared with naive or each other" in page
+
+
+def test_what_ran_out_of_a_device_s_memory_is_told_beside_what_it_would_have_needed(tmp_path: Path) -> None:
+    records = []
+    for strategy in ("naive", "ddp"):
+        cell = make_cell("sft", strategy, model="bloom-560m", device="cuda", launcher="torchrun", precision="bf16-master")
+        record = make_record(cell, outcome="oom", reason="rank 0: out of memory")
+        zero = Memory(peak_allocated_bytes=0, peak_reserved_bytes=0)
+        facts = {**record.parts[0].facts, "device_total_bytes": 8 * GIB}
+        records.append(dataclasses.replace(record, parts=[dataclasses.replace(part, memory=zero, facts=facts) for part in record.parts]))
+    page = text_of(report(suite_folder(tmp_path, records), tmp_path / "out"))
+    theory = METRICS["theory_peak_gib"].compute(Trial(Row(records[0], records[0].parsed_cell, "")))
+    assert f"peak by theory {number(theory)} GiB, the device 8.000 GiB, seen in use 6.500 GiB" in page
+    assert "allocated 0" not in page
+    assert pq.read_table(tmp_path / "out" / "results.parquet")["peak_allocated_gib"].null_count == 2
 
 
 def test_trials_that_partly_failed_show_both(tmp_path: Path) -> None:
