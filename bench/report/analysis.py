@@ -11,7 +11,9 @@ from math import log
 from pathlib import Path
 
 from bench.cell import Cell
+from bench.measure.conditions import Difference
 from bench.report.bands import Band, judge_bands, read_references, suites_of
+from bench.report.conditions import on_other_machines, other_conditions
 from bench.report.inventory import BASELINE, STAGE_ORDER, Inventory, Missing, Row, cell_order, read_inventory
 from bench.report.metrics import METRICS, Trial, primary_metric
 from bench.report.parity import Parity, comparison_key, judge
@@ -36,6 +38,10 @@ class CellResult:
     """Speed against `naive`, where both were measured and neither is struck."""
     verdict: str = ""
     """Of that comparison, or why there is none."""
+    other_conditions: tuple[Difference, ...] = ()
+    """Those under which `naive` ran; there is no comparison then."""
+    other_machines: bool = False
+    """Whether it is compared with trials of `naive` that ran on others."""
 
     @cached_property
     def ok(self) -> tuple[Trial, ...]:
@@ -242,10 +248,11 @@ def _compare_speed(results: Sequence[CellResult]) -> None:
         baseline = next((it for it in members if it.cell.strategy == BASELINE), None)
         compared = []
         for result in members:
-            result.verdict = _why_not(result, baseline)
+            result.verdict = _why_not(result, baseline) or _unlike(result, baseline)
             ratios = [] if result.verdict else _ratios(result, baseline)
             if ratios:
                 result.comparison = compare(ratios)
+                result.other_machines = baseline is not None and on_other_machines(result.ok, baseline.ok)
                 compared.append(result)
             elif not result.verdict:
                 result.verdict = "no claim (no pair of ok trials)"
@@ -265,6 +272,12 @@ def _why_not(result: CellResult, baseline: CellResult | None) -> str:
     if baseline is None or not baseline.ranked:
         return "no claim (no measured naive)"
     return ""
+
+
+def _unlike(result: CellResult, baseline: CellResult | None) -> str:
+    """Keep and tell under which other conditions `naive` ran."""
+    result.other_conditions = () if baseline is None else tuple(other_conditions(result.ok, baseline.ok))
+    return "no claim (other conditions)" if result.other_conditions else ""
 
 
 def _ratios(result: CellResult, baseline: CellResult | None) -> list[float]:

@@ -234,6 +234,9 @@ ACROSS_ONE = (
 )
 
 
+OTHER_MACHINES = "Compared with trials of naive on other machines: what the machines differ in is in the ratio."
+
+
 def _notes(results: Iterable[CellResult]) -> Iterable[str]:
     """Below a table: why clocks do not count, which flags were raised, where a chain has no partner."""
     found: dict[str, int] = defaultdict(int)
@@ -249,6 +252,10 @@ def _notes(results: Iterable[CellResult]) -> Iterable[str]:
             found[f"Not compared: {result.parity.reason}."] += 1
         if result.parity and result.parity.state == "peers agree":
             found[f"Losses compared with other strategies only: {result.parity.reason}."] += 1
+        for difference in result.other_conditions:
+            found[f"Not compared in speed, since naive ran under other conditions (naive's / its own): {difference}."] += 1
+        if result.other_machines:
+            found[OTHER_MACHINES] += 1
         if _claimed_across_one(result):
             found[ACROSS_ONE] += 1
         if device := known_device(result):

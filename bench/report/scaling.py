@@ -13,6 +13,7 @@ from typing import Literal
 
 from bench.cell import Cell, canonical_json, cell_to_json
 from bench.report.analysis import CellResult
+from bench.report.conditions import on_other_machines, other_conditions
 from bench.report.detail_tables import Detail
 from bench.report.metrics import primary_metric
 from bench.report.metrics.speed import node_step_seconds
@@ -35,6 +36,8 @@ class Scaled:
 
     efficiencies: dict[int, float]
     reason: str = ""
+    other_machines: bool = False
+    """Whether the one rank ran on others."""
 
 
 def scaling_tables(results: Sequence[CellResult]) -> list[Detail]:
@@ -63,9 +66,11 @@ def scaled(result: CellResult, results: Sequence[CellResult], kind: Kind) -> Sca
         return Scaled({}, f"no record of {result.cell.strategy} on one rank with {_SAME[kind]}")
     if problem := _not_ranked(base):
         return Scaled({}, f"on one rank: {problem}")
+    if unlike := other_conditions(result.ok, base.ok):
+        return Scaled({}, f"on one rank under other conditions: {', '.join(map(str, unlike))}")
     theirs, mine = _rates(base), _rates(result)
     pairs = {trial: rate / (theirs[trial] * ranks) for trial, rate in mine.items() if trial in theirs}
-    return Scaled(pairs, "" if pairs else "no pair of ok trials with a rate")
+    return Scaled(pairs, "" if pairs else "no pair of ok trials with a rate", on_other_machines(result.ok, base.ok))
 
 
 def _not_ranked(result: CellResult) -> str:
@@ -149,7 +154,8 @@ def _ratio_cell(result: CellResult, found: Scaled, factor: int) -> TableCell:
     if not found.efficiencies:
         return TableCell(DASH, sort="", kind="muted", hint=found.reason)
     summary = Summary(tuple(factor * value for value in found.efficiencies.values()))
-    return TableCell(ratio(summary.middle), spread(summary, ratio) or "n = 1", summary.middle, hint=result.indicative or "")
+    around = ", ".join([spread(summary, ratio) or "n = 1"] + ["one rank on another machine"] * found.other_machines)
+    return TableCell(ratio(summary.middle), around, summary.middle, hint=result.indicative or "")
 
 
 def _batch_cell(result: CellResult) -> TableCell:

@@ -1,0 +1,37 @@
+"""Whether what one report compares ran under the same conditions and on the same machines. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from bench.measure.conditions import Difference, conditions, differences
+from bench.report.registry import Trial
+
+ABSENT = "none"
+"""What conditions say of a package that is not installed."""
+
+
+def other_conditions(mine: Sequence[Trial], theirs: Sequence[Trial]) -> list[Difference]:
+    """The conditions that trials with the same number do not share, theirs first.
+
+    A package that one side did without is none of them, as its strategy needs none; nor is the precision in force, which a strategy may
+    force and a flag tells.
+    """
+    pairs = list(_pairs(mine, theirs))
+    found = differences([conditions(other.record) for _, other in pairs], [conditions(trial.record) for trial, _ in pairs])
+    return [item for item in found if item.name != "precision" and ABSENT not in (item.before, item.now)]
+
+
+def on_other_machines(mine: Sequence[Trial], theirs: Sequence[Trial]) -> bool:
+    """Whether trials with the same number share no start of any machine, as far as it is known."""
+    machines = ((_boots(trial), _boots(other)) for trial, other in _pairs(mine, theirs))
+    return any(here and there and not here & there for here, there in machines)
+
+
+def _pairs(mine: Sequence[Trial], theirs: Sequence[Trial]) -> Iterator[tuple[Trial, Trial]]:
+    numbered = {trial.record.trial: trial for trial in theirs}
+    yield from ((trial, numbered[trial.record.trial]) for trial in mine if trial.record.trial in numbered)
+
+
+def _boots(trial: Trial) -> set[str]:
+    return {boot for machine in trial.record.provenance.get("machines") or [] if (boot := machine.get("boot_id"))}
