@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from bench.cell import Cell
 from bench.measure.devices import DeviceRow
 from bench.report.analysis import Analysis, CellResult
 from bench.report.detail_tables import Detail, detail_tables
@@ -18,7 +19,7 @@ from bench.report.plots import Figure, stage_figures, style_of
 from bench.report.provenance import DataSet, Fact, data_sets, provenance_facts, run_facts, without_paths
 from bench.report.registry import GIB, Given, NoValue, Trial
 from bench.report.scaling import scaling_tables
-from bench.report.tables import Table, cell_words, stage_table
+from bench.report.tables import Table, cell_names, stage_table
 from bench.report.text import counted, first_line, lora, number, shape
 from bench.stages.base import SPECS
 
@@ -121,7 +122,8 @@ class Page:
 def make_page(analysis: Analysis) -> Page:
     """Everything that the report says, in the order in which it says it."""
     inventory = analysis.inventory
-    skipped = [(without_paths(item.reason), cell_words(item.cell)) for item in inventory.plan.skipped] if inventory.plan else []
+    skipped = inventory.plan.skipped if inventory.plan else ()
+    names = cell_names([*(it.cell for it in analysis.results), *(it.cell for it in skipped)])
     return Page(
         title=inventory.title,
         sentences=tuple(sentences(analysis)),
@@ -129,10 +131,10 @@ def make_page(analysis: Analysis) -> Page:
         tiles=tuple(tiles(analysis)),
         answers=tuple(answers(analysis)),
         stages=tuple(_stage(analysis, stage) for stage in analysis.stages),
-        failures=tuple(_failures(analysis)),
-        struck=tuple(_notices(_struck(analysis))),
-        skipped=tuple(_notices(skipped)),
-        missing=tuple(f"{cell_words(item.cell)} · trial {item.trial}" for item in inventory.missing),
+        failures=tuple(_failures(analysis, names)),
+        struck=tuple(_notices((reason, names[cell]) for reason, cell in _struck(analysis))),
+        skipped=tuple(_notices((without_paths(item.reason), names[item.cell]) for item in skipped)),
+        missing=tuple(f"{names[item.cell]} · trial {item.trial}" for item in inventory.missing),
         bad_files=tuple(BadFile(item.file, without_paths(item.problem)) for item in inventory.bad_files),
         run=(*run_facts(inventory), *_given(analysis.given)) if inventory.rows else (),
         provenance=tuple(provenance_facts(inventory)),
@@ -150,17 +152,17 @@ def _given(given: Given) -> Iterable[Fact]:
         yield Fact(f"matrix products of {name}", f"{measured} (doctor --bench)")
 
 
-def _struck(analysis: Analysis) -> Iterable[tuple[str, str]]:
+def _struck(analysis: Analysis) -> Iterable[tuple[str, Cell]]:
     """Why a trial that ended ok is struck, and its cell: its losses, or numbers that cannot be true."""
     for file, parity in analysis.parities.items():
         if parity.state == "struck":
-            yield parity.reason, cell_words(analysis.trials[file].cell)
+            yield parity.reason, analysis.trials[file].cell
     for file, band in analysis.bands.items():
         if band.other_losses:
-            yield band.other_losses, cell_words(analysis.trials[file].cell)
+            yield band.other_losses, analysis.trials[file].cell
     for result in analysis.results:
         for trial in result.ok:
-            yield from ((f"impossible: {problem}", cell_words(result.cell)) for problem in trial.impossible)
+            yield from ((f"impossible: {problem}", result.cell) for problem in trial.impossible)
 
 
 def _badges(analysis: Analysis) -> Iterable[str]:
@@ -175,18 +177,18 @@ def _badges(analysis: Analysis) -> Iterable[str]:
         yield "random weights: no quality claim"
 
 
-def _failures(analysis: Analysis) -> Iterable[Failure]:
+def _failures(analysis: Analysis, names: Mapping[Cell, str]) -> Iterable[Failure]:
     for result in analysis.results:
         for trial, file in zip(result.trials, result.files, strict=True):
             if trial.record.outcome != "ok":
-                yield _failure(trial, file)
+                yield _failure(trial, names[trial.cell], file)
 
 
-def _failure(trial: Trial, file: str) -> Failure:
-    record, cell = trial.record, trial.cell
+def _failure(trial: Trial, name: str, file: str) -> Failure:
+    record = trial.record
     reason = without_paths(record.reason or "no reason was recorded")
     log = "\n".join(reason.splitlines()[1:])
-    return Failure(cell_words(cell), record.trial, record.outcome, first_line(reason), log, _missing_memory(trial), file, cell.strategy)
+    return Failure(name, record.trial, record.outcome, first_line(reason), log, _missing_memory(trial), file, trial.cell.strategy)
 
 
 def _missing_memory(trial: Trial) -> str:

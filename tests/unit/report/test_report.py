@@ -303,6 +303,15 @@ def test_what_ran_out_of_a_device_s_memory_is_told_beside_what_it_would_have_nee
     assert pq.read_table(tmp_path / "out" / "results.parquet")["peak_allocated_gib"].null_count == 2
 
 
+def test_failures_of_cells_that_are_named_alike_are_told_apart(tmp_path: Path) -> None:
+    records = [
+        make_record(make_cell("sft", optimizer=name), outcome="oom", reason="no room", ranks=range(0)) for name in ("foreach", "fused")
+    ]
+    page = text_of(report(suite_folder(tmp_path, [*records, make_record(make_cell("sft", "ddp"))]), tmp_path / "out"))
+    assert "naive · full · 1 × 1 · optimizer foreach · trial 0" in page
+    assert "naive · full · 1 × 1 · optimizer fused · trial 0" in page
+
+
 def test_trials_that_partly_failed_show_both(tmp_path: Path) -> None:
     cell = make_cell("sft", "ddp")
     records = [make_record(make_cell("sft"), k) for k in range(3)]
