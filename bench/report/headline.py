@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from bench.cell import Cell
 from bench.differences import told_apart
 from bench.report.analysis import Analysis, CellResult, RankedSet, memory_metric
+from bench.report.conditions import on_other_machines
 from bench.report.metrics import METRICS, primary_metric
 from bench.report.parity import NOTHING_TRAINED, compared
 from bench.report.statistics import Summary
@@ -232,8 +233,10 @@ def answers(analysis: Analysis) -> list[Answer]:
     for item, question in zip(analysis.ranked_sets, _questions(analysis), strict=True):
         fastest, leanest = _fastest(item), _leanest(item)
         if fastest and leanest:
-            notes = _note(fastest[0], primary_metric(item.cell.stage)), _note(leanest[0], memory_metric(item.results))
-            found.append(Answer(question, names(fastest), notes[0], names(leanest), notes[1]))
+            elsewhere = any(on_other_machines(other.ok, fastest[0].ok) for other in item.results)
+            speed = _note(fastest[0], primary_metric(item.cell.stage)) + ("; others ran on other machines" if elsewhere else "")
+            memory = _note(leanest[0], memory_metric(item.results))
+            found.append(Answer(question, names(fastest), speed, names(leanest), memory))
     return found
 
 

@@ -1,6 +1,7 @@
 """Parity of losses with `naive`: the gate in front of every ranking. Rules: docs/metrics.md, "Parity".
 
-A strategy computes the same as `naive` or it is struck: shown with the reason, never ranked.
+A strategy computes the same as `naive` or it is struck: shown with the reason, never ranked. Where `naive` cannot run, strategies are held
+to each other.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import pytest
 
 from bench.record import Record
 from bench.report.analysis import CellResult, read_analysis
+from bench.report.headline import answers
 from bench.report.page import make_page
 from bench.report.scaling import scaled, scaling_tables
 from bench.report.tables import claim_cell, ratio_cell
@@ -76,6 +77,14 @@ def test_another_machine_is_told_beside_the_verdict(tmp_path: Path) -> None:
     result, notes = compared(tmp_path, trials("ddp", boot="two"))
     assert result.verdict == "equal"
     assert "Compared with trials of naive on other machines: what the machines differ in is in the ratio. (1 cell)" in notes
+
+
+def test_an_answer_says_that_others_ran_on_other_machines(tmp_path: Path) -> None:
+    def note(folder: str, boot: str) -> str:
+        (answer,) = answers(read_analysis(write(tmp_path / folder / "records", *trials("naive"), *trials("ddp", boot=boot))))
+        return answer.fastest_note
+
+    assert note("other", "two") == f"{note('same', 'one')}; others ran on other machines"
 
 
 def test_a_machine_that_takes_part_on_both_sides_is_no_other_one(tmp_path: Path) -> None:
