@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 from bench.cell import Cell, cell_to_json
@@ -37,6 +37,14 @@ def told_apart(contents: Sequence[Mapping[str, Any]], looks: Sequence[Hashable])
         alike[look].append(content)
     names = {look: differing(group) for look, group in alike.items()}
     return [named(content, names[look]) for content, look in zip(contents, looks, strict=True)]
+
+
+def titled(cells: Iterable[Cell], words: Callable[[Cell], str], joint: str) -> dict[Cell, str]:
+    """Each cell in `words`, and where others have the same ones, the settings in which they differ behind the joint."""
+    found = list(dict.fromkeys(cells))
+    plain = [words(cell) for cell in found]
+    told = told_apart([settings_of(cell) for cell in found], plain)
+    return {cell: f"{name}{joint}{settings}" if settings else name for cell, name, settings in zip(found, plain, told, strict=True)}
 
 
 def named(content: Mapping[str, Any], names: Iterable[str]) -> str:

@@ -6,7 +6,7 @@ after the other, or in as many lanes as `limits.side_by_side` says.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from itertools import repeat
 from pathlib import Path
@@ -20,7 +20,7 @@ from bench.launch.inputs import data_inputs, forget_weights, image_input, kept_r
 from bench.launch.job import Launcher
 from bench.launch.lanes import in_lanes
 from bench.launch.parent import PRELOAD, ForkParent
-from bench.launch.progress import Line, describe
+from bench.launch.progress import Line, titles
 from bench.launch.srun import agents_here
 from bench.launch.supervise import run_trial
 from bench.launch.warm import run_warm
@@ -59,11 +59,12 @@ def run_block(
         parents = [
             stack.enter_context(ForkParent(log, program=program, preload=preload, search_path=search_path, keep=(lock,))) for log in logs
         ]
+        names = titles(plan)
         allotments = repeat(Allotment.here(), plan.limits.side_by_side)
         agents = agents_here(block.nodes, program=program, search_path=search_path, keep=(lock,))
 
         def run(number: int, parent: ForkParent) -> Record:
-            return _run_one(plan, block, layout, number, parent=parent, agents=agents, stop=heard, allotments=allotments)
+            return _run_one(plan, block, layout, number, names, parent=parent, agents=agents, stop=heard, allotments=allotments)
 
         seen = in_lanes(range(len(block.cells)), parents, run, heard)
         if heard.asked:
@@ -87,6 +88,7 @@ def _run_one(
     block: Block,
     layout: Layout,
     number: int,
+    names: Mapping[str, str],
     *,
     parent: ForkParent,
     agents: Launcher,
@@ -101,7 +103,7 @@ def _run_one(
     trial, problem = planned_trial(plan, block, layout, cell_id)
     saved = None if trial.save_to is None else Path(trial.save_to)
     path = layout.record(cell_id, block.trial)
-    title = f"[{number + 1}/{len(block.cells)}] {describe(plan.cells[cell_id])}"
+    title = f"[{number + 1}/{len(block.cells)}] {names[cell_id]}"
     with Line(title, alone=not plan.limits.shares_devices) as line:
         record = kept = kept_record(path, trial, saved)
         if record is None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from bench.errors import RecordError
 from bench.launch.inputs import read_done
-from bench.launch.progress import describe, in_one_line
+from bench.launch.progress import in_one_line, titles
 from bench.layout import Layout
 from bench.matrix import Plan
 from bench.record import load_record
@@ -27,6 +27,7 @@ class Follower:
 
     def __init__(self, plan: Plan, layout: Layout, say: Callable[[str], None], quiet: float = QUIET_SECONDS) -> None:
         self._plan, self._layout, self._say, self._quiet = plan, layout, say, quiet
+        self._names = titles(plan)
         self._trials = {layout.record(cell_id, block.trial): (cell_id, block.trial) for block in plan.blocks for cell_id in block.cells}
         self._seen = {path: _version(path) for path in self._paths()}
         self.recorded = {path for path in self._trials if path.exists()}
@@ -79,7 +80,7 @@ class Follower:
 
     def _ended(self, path: Path) -> str:
         cell_id, trial = self._trials[path]
-        title = describe(self._plan.cells[cell_id]) + (f" trial {trial}" if self._plan.trials > 1 else "")
+        title = self._names[cell_id] + (f" trial {trial}" if self._plan.trials > 1 else "")
         try:
             record = load_record(path)
         except RecordError as error:
@@ -98,7 +99,7 @@ class Follower:
         path = self._layout.logs(cell_id, trial) / "heartbeat0.json"
         try:
             place = json.loads(path.read_text(encoding="utf-8"))
-            return path.stat().st_mtime, f"{describe(self._plan.cells[cell_id])}, {place['phase']}, step {place['step']}"
+            return path.stat().st_mtime, f"{self._names[cell_id]}, {place['phase']}, step {place['step']}"
         except (OSError, ValueError, KeyError, TypeError):
             return None
 

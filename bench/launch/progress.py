@@ -8,6 +8,8 @@ from types import TracebackType
 from typing import Self
 
 from bench.cell import Cell
+from bench.differences import titled
+from bench.matrix import Plan
 
 
 class Line:
@@ -41,6 +43,12 @@ def in_one_line(reason: str | None) -> str:
     first, *more = (reason or "").splitlines() or [""]
     text = f"{first} {more[0].strip()}" if first.endswith(":") and more else first
     return f": {text[:300]}" if text else ""
+
+
+def titles(plan: Plan) -> dict[str, str]:
+    """The cells of a plan in a few words each, by their ids; what would be named alike has the settings that differ, too."""
+    names = titled(plan.cells.values(), describe, ", ")
+    return {cell_id: names[cell] for cell_id, cell in plan.cells.items()}
 
 
 def describe(cell: Cell) -> str:

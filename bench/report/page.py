@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from bench.cell import Cell
+from bench.differences import titled
 from bench.measure.devices import DeviceRow
 from bench.report.analysis import Analysis, CellResult
 from bench.report.detail_tables import Detail, detail_tables
@@ -19,7 +20,7 @@ from bench.report.plots import Figure, stage_figures, style_of
 from bench.report.provenance import DataSet, Fact, data_sets, provenance_facts, run_facts, without_paths
 from bench.report.registry import GIB, Given, NoValue, Trial
 from bench.report.scaling import scaling_tables
-from bench.report.tables import Table, cell_names, stage_table
+from bench.report.tables import Table, cell_words, stage_table
 from bench.report.text import counted, first_line, lora, number, shape
 from bench.stages.base import SPECS
 
@@ -123,7 +124,7 @@ def make_page(analysis: Analysis) -> Page:
     """Everything that the report says, in the order in which it says it."""
     inventory = analysis.inventory
     skipped = inventory.plan.skipped if inventory.plan else ()
-    names = cell_names([*(it.cell for it in analysis.results), *(it.cell for it in skipped)])
+    names = titled([*(it.cell for it in analysis.results), *(it.cell for it in skipped)], cell_words, " · ")
     return Page(
         title=inventory.title,
         sentences=tuple(sentences(analysis)),

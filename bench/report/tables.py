@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from bench.cell import Cell
@@ -259,14 +259,7 @@ def band_cell(result: CellResult) -> TableCell:
     return TableCell(band.state, sort=band.state, kind={"inside": "good", "outside": "bad"}.get(band.state, "warn"), hint=hint)
 
 
-def cell_names(cells: Iterable[Cell]) -> dict[Cell, str]:
-    """Each cell in words, for lists of failures and skipped cells; what would be named alike has the settings that differ, too."""
-    found = list(dict.fromkeys(cells))
-    words = [_cell_words(cell) for cell in found]
-    told = told_apart([settings_of(cell) for cell in found], words)
-    return {cell: f"{name} · {settings}" if settings else name for cell, name, settings in zip(found, words, told, strict=True)}
-
-
-def _cell_words(cell: Cell) -> str:
+def cell_words(cell: Cell) -> str:
+    """A cell in words, for lists of failures and skipped cells."""
     adapters = f"LoRA {cell.lora_rank}" if cell.lora_rank else "full"
     return f"{cell.stage} · {cell.model} · {cell.strategy} · {adapters} · {shape(cell)}"

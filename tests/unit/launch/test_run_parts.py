@@ -14,6 +14,7 @@ import pytest
 from bench.errors import MachineError, UserError
 from bench.launch import readiness, workflow
 from bench.launch.follow import Follower
+from bench.launch.progress import titles
 from bench.launch.readiness import check_readiness, forget_unfinished
 from bench.launch.runlock import hold
 from bench.layout import Layout
@@ -216,6 +217,20 @@ def test_a_follower_says_each_thing_once_and_what_runs_after_a_silence(tiny: tup
     os.utime(layout.data("synthetic-instruct"))
     follower.look()
     assert said == ["data synthetic-instruct: ready", f"warm start {plan.warm[0].key}: error: no rows"]
+
+
+def test_lines_of_cells_that_are_named_alike_say_in_what_they_differ(tmp_path: Path) -> None:
+    one = {"stage": "sft", "model": "bloom-tiny", "strategy": "naive"}
+    content = {
+        "suite": "alike",
+        "axes": {"stage": ["sft"], "model": ["bloom-tiny"], "strategy": ["ddp"], "nodes": [2]},
+        "include": [one | {"settings": {"optimizer": name}} for name in ("adamw", "foreach")],
+        "settings": {"device": "cpu"},
+        "stages": {"sft": {"steps": 3}},
+    }
+    plan = expand(check_suite(content, "alike.yaml", KNOWN, tmp_path), "alike.yaml")
+    naive = "sft bloom-tiny naive full 1x1"
+    assert sorted(titles(plan).values()) == ["sft bloom-tiny ddp full 2x1", f"{naive}, optimizer adamw", f"{naive}, optimizer foreach"]
 
 
 def test_an_unreadable_record_is_said_and_counted(tiny: tuple[Plan, Layout]) -> None:
