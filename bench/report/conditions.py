@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 
 from bench.measure.conditions import Difference, conditions, differences
 from bench.report.registry import Trial
@@ -12,14 +13,15 @@ ABSENT = "none"
 
 
 def other_conditions(mine: Sequence[Trial], theirs: Sequence[Trial]) -> list[Difference]:
-    """The conditions that trials with the same number do not share, theirs first.
+    """The conditions that trials with the same number do not share, theirs first, each once.
 
-    A package that one side did without is none of them, as its strategy needs none; nor is the precision in force, which a strategy may
-    force and a flag tells.
+    Trials with other numbers may have run under others: what is compared is paired. A package that one side did without is none of them,
+    as its strategy needs none; nor is the precision in force, which a strategy may force and a flag tells.
     """
-    pairs = list(_pairs(mine, theirs))
-    found = differences([conditions(other.record) for _, other in pairs], [conditions(trial.record) for trial, _ in pairs])
-    return [item for item in found if item.name != "precision" and ABSENT not in (item.before, item.now)]
+    found = (differences([conditions(other.record)], [conditions(trial.record)]) for trial, other in _pairs(mine, theirs))
+    return [
+        item for item in dict.fromkeys(chain.from_iterable(found)) if item.name != "precision" and ABSENT not in (item.before, item.now)
+    ]
 
 
 def on_other_machines(mine: Sequence[Trial], theirs: Sequence[Trial]) -> bool:
