@@ -16,6 +16,8 @@ from bench.report.statistics import Summary
 from bench.report.text import counted, listed, lora, number, ratio, shape, spread
 from bench.stages.base import SPECS
 
+MOST_FAILING = 4
+"""Strategies with failed trials that the headline names."""
 MOST_OUTSIDE = 3
 """Cells outside the reference band that the headline names."""
 
@@ -60,7 +62,8 @@ def _what_ran(analysis: Analysis) -> str:
     total = sum(outcomes.values())
     parts = [f"{outcomes['ok']} of {counted(total, 'trial')} ended ok" if failed else f"All {total} trials ended ok"]
     if failed:
-        parts.append(f"{sum(failed.values())} did not ({listed([f'{count} {name}' for name, count in failed.items()])})")
+        how = "; ".join(f"{count} {name}: {_of_strategies(analysis, name)}" for name, count in failed.items())
+        parts.append(f"{sum(failed.values())} did not ({how})")
     if plan is not None:
         parts.append(
             f"{counted(len(plan.skipped), 'cell was', 'cells were')} skipped as impossible" if plan.skipped else "no cell was skipped"
@@ -68,6 +71,13 @@ def _what_ran(analysis: Analysis) -> str:
     if analysis.inventory.missing:
         parts.append(f"{counted(len(analysis.inventory.missing), 'planned trial has', 'planned trials have')} no record")
     return f"{listed(parts)}."
+
+
+def _of_strategies(analysis: Analysis, outcome: str) -> str:
+    """Whose trials ended so; the first ones by name, the others counted."""
+    found = list(dict.fromkeys(result.cell.strategy for result in analysis.results if outcome in result.outcomes))
+    rest = len(found) - MOST_FAILING
+    return listed([*found[:MOST_FAILING], f"{rest} more"] if rest > 1 else found)
 
 
 def _idle(analysis: Analysis) -> Iterator[str]:

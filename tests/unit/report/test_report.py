@@ -269,7 +269,7 @@ def test_a_reference_band_is_judged_where_there_is_one(tmp_path: Path) -> None:
 def test_a_record_of_a_failed_warm_start_is_reported(tmp_path: Path) -> None:
     failed = make_record(make_cell("rm"), outcome="error", reason="warm start sft-naive failed: out of memory", ranks=range(0))
     text = text_of(report(suite_folder(tmp_path, [failed]), tmp_path / "out"))
-    assert "0 of 1 trial ended ok and 1 did not (1 error)." in text
+    assert "0 of 1 trial ended ok and 1 did not (1 error: naive)." in text
     assert "No trial could be compared with naive" in text
     assert "warm start sft-naive failed: out of memory" in text
 
@@ -310,6 +310,14 @@ def test_failures_of_cells_that_are_named_alike_are_told_apart(tmp_path: Path) -
     page = text_of(report(suite_folder(tmp_path, [*records, make_record(make_cell("sft", "ddp"))]), tmp_path / "out"))
     assert "naive · full · 1 × 1 · optimizer foreach · trial 0" in page
     assert "naive · full · 1 × 1 · optimizer fused · trial 0" in page
+
+
+def test_the_headline_names_the_strategies_that_failed_and_counts_the_rest(tmp_path: Path) -> None:
+    names = ("ddp", "fsdp", "zero1", "zero2", "gemini", "hybrid")
+    records = [make_record(make_cell("sft"), outcome="diverged", reason="nan")]
+    records += [make_record(make_cell("sft", name, nodes=2), outcome="oom", reason="no room", ranks=range(0)) for name in names]
+    page = text_of(report(suite_folder(tmp_path, records), tmp_path / "out"))
+    assert "7 did not (1 diverged: naive; 6 oom: ddp, fsdp, gemini, hybrid and 2 more)" in page
 
 
 def test_trials_that_partly_failed_show_both(tmp_path: Path) -> None:
