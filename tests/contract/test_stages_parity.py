@@ -123,7 +123,8 @@ def test_torchrun_gives_the_losses_of_forked_ranks(run, root, strategy):
     forked = only(run("sft", 2, **changes))
     cell = cell_of("sft", 2, **changes, launcher="torchrun")
     trial = tiny_trial(cell, root / cell.cell_id)
-    launch([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"], trial, root)
+    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "bench.launch.rank"]
+    launch([sys.executable, *ranks], trial, ["bench.worker"])
     assert only([load_part(trial.part_path(rank)) for rank in (0, 1)]).series["loss"] == pytest.approx(forked.series["loss"], rel=1e-6)
 
 
@@ -137,18 +138,18 @@ def test_a_rank_that_nobody_launched_is_alone(run, root, strategy, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     forked, cell = only(run("sft", 1, **changes)), cell_of("sft", 1, **changes, launcher="torchrun")
     trial = tiny_trial(cell, root / cell.cell_id)
-    launch([sys.executable], trial, root)
+    launch([sys.executable, "-m", "bench.worker"], trial)
     assert only([load_part(trial.part_path(0))]).series["loss"] == pytest.approx(forked.series["loss"], rel=1e-6)
 
 
-def launch(line: list[str], trial: Any, root: Path) -> None:
-    file = root / f"{trial.parsed_cell.cell_id}.json"
+def launch(line: list[str], trial: Any, program: list[str] | None = None) -> None:
+    """Run the line with the file of the trial, and of torchrun's ranks their program, as the product does."""
+    file = Path(trial.work) / "trial.json"
     save_trial(trial, file)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
-    done = subprocess.run(
-        [*line, "-m", "bench.worker", str(file)], check=False, capture_output=True, text=True, timeout=150, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = subprocess.run([*line, str(file), *(program or [])], check=False, capture_output=True, text=True, timeout=150, env=environment)
+    logs = "".join(f"\n{log.name}:\n{log.read_text()[-2000:]}" for log in sorted(file.parent.glob("rank*.log")))
+    assert done.returncode == 0, done.stderr[-2000:] + logs
 
 
 def test_every_strategy_of_colossalai_is_emulated_here() -> None:
