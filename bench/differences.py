@@ -39,11 +39,13 @@ def told_apart(contents: Sequence[Mapping[str, Any]], looks: Sequence[Hashable])
     return [named(content, names[look]) for content, look in zip(contents, looks, strict=True)]
 
 
-def titled(cells: Iterable[Cell], words: Callable[[Cell], str], joint: str) -> dict[Cell, str]:
-    """Each cell in `words`, and where others have the same ones, the settings in which they differ behind the joint."""
+def titled(
+    cells: Iterable[Cell], words: Callable[[Cell], str], joint: str, content: Callable[[Cell], Mapping[str, Any]] = settings_of
+) -> dict[Cell, str]:
+    """Each cell in `words`, and where others have the same ones, what differs of their `content` behind the joint."""
     found = list(dict.fromkeys(cells))
     plain = [words(cell) for cell in found]
-    told = told_apart([settings_of(cell) for cell in found], plain)
+    told = told_apart([content(cell) for cell in found], plain)
     return {cell: f"{name}{joint}{settings}" if settings else name for cell, name, settings in zip(found, plain, told, strict=True)}
 
 

@@ -6,7 +6,7 @@ after the other, or in as many lanes as `limits.side_by_side` says.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import repeat
 from pathlib import Path
@@ -64,7 +64,9 @@ def run_block(
         agents = agents_here(block.nodes, program=program, search_path=search_path, keep=(lock,))
 
         def run(number: int, parent: ForkParent) -> Record:
-            return _run_one(plan, block, layout, number, names, parent=parent, agents=agents, stop=heard, allotments=allotments)
+            cell_id = block.cells[number]
+            title = f"[{number + 1}/{len(block.cells)}] {names[cell_id]}"
+            return _run_one(plan, block, layout, cell_id, title, parent=parent, agents=agents, stop=heard, allotments=allotments)
 
         seen = in_lanes(range(len(block.cells)), parents, run, heard)
         if heard.asked:
@@ -87,8 +89,8 @@ def _run_one(
     plan: Plan,
     block: Block,
     layout: Layout,
-    number: int,
-    names: Mapping[str, str],
+    cell_id: str,
+    title: str,
     *,
     parent: ForkParent,
     agents: Launcher,
@@ -99,11 +101,9 @@ def _run_one(
 
     `allotments`: the allocation's, for the trials that begin first and so have all of it; each takes one.
     """
-    cell_id = block.cells[number]
     trial, problem = planned_trial(plan, block, layout, cell_id)
     saved = None if trial.save_to is None else Path(trial.save_to)
     path = layout.record(cell_id, block.trial)
-    title = f"[{number + 1}/{len(block.cells)}] {names[cell_id]}"
     with Line(title, alone=not plan.limits.shares_devices) as line:
         record = kept = kept_record(path, trial, saved)
         if record is None:

@@ -11,6 +11,8 @@ from bench.record import Record
 NO_NUMBERS = ("pydantic", "snakemake")
 """Recorded packages that schedule and check; no number depends on their version."""
 VERSIONS = ("python", *(name for name in PACKAGES if name not in NO_NUMBERS), "cuda", "nccl", "cudnn")
+ABSENT = "none"
+"""The version of a package that is not installed."""
 DIGITS = 12
 """Digits of a hash that are shown; all of them are compared."""
 
@@ -101,7 +103,7 @@ def _settings(machines: Any) -> dict[str, str]:
 def _software(packages: Any, origin: Any, device: str) -> dict[str, str]:
     """Versions (`none` where a package is not installed), and the locks of the device's family; sdist.lock is in both families."""
     packages, locks = packages or {}, (origin or {}).get("locks") or {}
-    found = {name: packages[name] or "none" for name in VERSIONS if name in packages}
+    found = {name: packages[name] or ABSENT for name in VERSIONS if name in packages}
     return found | {name: value for name, value in locks.items() if name.startswith((device, "sdist"))}
 
 

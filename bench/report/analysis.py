@@ -13,7 +13,7 @@ from pathlib import Path
 from bench.cell import Cell
 from bench.measure.conditions import Difference
 from bench.report.bands import Band, judge_bands, read_references, suites_of
-from bench.report.conditions import on_other_machines, other_conditions
+from bench.report.conditions import on_other_machines, other_conditions, paired
 from bench.report.inventory import BASELINE, STAGE_ORDER, Inventory, Missing, Row, cell_order, read_inventory
 from bench.report.metrics import METRICS, Trial, primary_metric
 from bench.report.parity import Parity, comparison_key, judge
@@ -248,14 +248,11 @@ def _compare_speed(results: Sequence[CellResult]) -> None:
         baseline = next((it for it in members if it.cell.strategy == BASELINE), None)
         compared = []
         for result in members:
-            result.verdict = _why_not(result, baseline) or _unlike(result, baseline)
-            ratios = [] if result.verdict else _ratios(result, baseline)
-            if ratios:
-                result.comparison = compare(ratios)
-                result.other_machines = baseline is not None and on_other_machines(result.ok, baseline.ok)
+            result.verdict = _why_not(result, baseline)
+            if baseline is not None and not result.verdict:
+                _hold_against(result, baseline)
+            if result.comparison:
                 compared.append(result)
-            elif not result.verdict:
-                result.verdict = "no claim (no pair of ok trials)"
         for result, verdict in zip(compared, verdicts([it.comparison for it in compared if it.comparison]), strict=True):
             result.verdict = verdict
 
@@ -274,19 +271,23 @@ def _why_not(result: CellResult, baseline: CellResult | None) -> str:
     return ""
 
 
-def _unlike(result: CellResult, baseline: CellResult | None) -> str:
-    """Keep and tell under which other conditions `naive` ran."""
-    result.other_conditions = () if baseline is None else tuple(other_conditions(result.ok, baseline.ok))
-    return "no claim (other conditions)" if result.other_conditions else ""
+def _hold_against(result: CellResult, baseline: CellResult) -> None:
+    """Fill in the comparison with `naive`, or why there is none."""
+    result.other_conditions = tuple(other_conditions(result.ok, baseline.ok))
+    if result.other_conditions:
+        result.verdict = "no claim (other conditions)"
+    elif ratios := _ratios(result, baseline):
+        result.comparison = compare(ratios)
+        result.other_machines = on_other_machines(result.ok, baseline.ok)
+    else:
+        result.verdict = "no claim (no pair of ok trials)"
 
 
-def _ratios(result: CellResult, baseline: CellResult | None) -> list[float]:
+def _ratios(result: CellResult, baseline: CellResult) -> list[float]:
     """Primary metric over that of `naive`, paired by trial."""
     name = primary_metric(result.cell.stage)
-    assert baseline is not None
-    theirs = {trial.record.trial: trial.values[name].number for trial in baseline.ok}
-    pairs = [(trial.values[name].number, theirs.get(trial.record.trial)) for trial in result.ok]
-    return [mine / other for mine, other in pairs if mine and other]
+    pairs = [(trial.values[name].number, other.values[name].number) for trial, other in paired(result.ok, baseline.ok)]
+    return [mine / theirs for mine, theirs in pairs if mine and theirs]
 
 
 def memory_metric(results: Sequence[CellResult]) -> str:

@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import chain
 
-from bench.measure.conditions import Difference, conditions, differences
+from bench.measure.conditions import ABSENT, Difference, conditions, differences
 from bench.report.registry import Trial
-
-ABSENT = "none"
-"""What conditions say of a package that is not installed."""
 
 
 def other_conditions(mine: Sequence[Trial], theirs: Sequence[Trial]) -> list[Difference]:
@@ -18,7 +15,7 @@ def other_conditions(mine: Sequence[Trial], theirs: Sequence[Trial]) -> list[Dif
     Trials with other numbers may have run under others: what is compared is paired. A package that one side did without is none of them,
     as its strategy needs none; nor is the precision in force, which a strategy may force and a flag tells.
     """
-    found = (differences([conditions(other.record)], [conditions(trial.record)]) for trial, other in _pairs(mine, theirs))
+    found = (differences([conditions(other.record)], [conditions(trial.record)]) for trial, other in paired(mine, theirs))
     return [
         item for item in dict.fromkeys(chain.from_iterable(found)) if item.name != "precision" and ABSENT not in (item.before, item.now)
     ]
@@ -26,11 +23,12 @@ def other_conditions(mine: Sequence[Trial], theirs: Sequence[Trial]) -> list[Dif
 
 def on_other_machines(mine: Sequence[Trial], theirs: Sequence[Trial]) -> bool:
     """Whether trials with the same number share no start of any machine, as far as it is known."""
-    machines = ((_boots(trial), _boots(other)) for trial, other in _pairs(mine, theirs))
+    machines = ((_boots(trial), _boots(other)) for trial, other in paired(mine, theirs))
     return any(here and there and not here & there for here, there in machines)
 
 
-def _pairs(mine: Sequence[Trial], theirs: Sequence[Trial]) -> Iterator[tuple[Trial, Trial]]:
+def paired(mine: Sequence[Trial], theirs: Sequence[Trial]) -> Iterator[tuple[Trial, Trial]]:
+    """The trials that have the same number."""
     numbered = {trial.record.trial: trial for trial in theirs}
     yield from ((trial, numbered[trial.record.trial]) for trial in mine if trial.record.trial in numbered)
 

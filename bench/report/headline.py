@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from bench.cell import Cell
-from bench.differences import told_apart
+from bench.differences import titled
 from bench.report.analysis import Analysis, CellResult, RankedSet, memory_metric
 from bench.report.conditions import on_other_machines
 from bench.report.metrics import METRICS, primary_metric
@@ -240,24 +241,23 @@ def _leanest(item: RankedSet) -> list[CellResult]:
 def answers(analysis: Analysis) -> list[Answer]:
     """One answer for each comparison set with two measured strategies at least."""
     found = []
-    for item, question in zip(analysis.ranked_sets, _questions(analysis), strict=True):
+    questions = _questions(analysis)
+    for item in analysis.ranked_sets:
         fastest, leanest = _fastest(item), _leanest(item)
         if fastest and leanest:
             elsewhere = any(on_other_machines(other.ok, fastest[0].ok) for other in item.results)
             speed = _note(fastest[0], primary_metric(item.cell.stage)) + ("; others ran on other machines" if elsewhere else "")
             memory = _note(leanest[0], memory_metric(item.results))
-            found.append(Answer(question, names(fastest), speed, names(leanest), memory))
+            found.append(Answer(questions[item.cell], names(fastest), speed, names(leanest), memory))
     return found
 
 
-def _questions(analysis: Analysis) -> list[str]:
-    """What each set is about, and where others are named alike the settings that tell it from them."""
+def _questions(analysis: Analysis) -> dict[Cell, str]:
+    """What each set is about, by its cell, and where others are named alike the settings that tell it from them."""
     cells = [result.cell for result in analysis.results]
     models, precisions = {it.model for it in cells}, {it.settings.precision for it in cells}
-    shared = [item.cell for item in analysis.ranked_sets]
-    names = [_set_name(cell, models=len(models) > 1, precisions=len(precisions) > 1) for cell in shared]
-    told = told_apart([compared(cell) for cell in shared], names)
-    return [f"{name} · {settings}" if settings else name for name, settings in zip(names, told, strict=True)]
+    words = partial(_set_name, models=len(models) > 1, precisions=len(precisions) > 1)
+    return titled((item.cell for item in analysis.ranked_sets), words, " · ", compared)
 
 
 def _set_name(cell: Cell, *, models: bool, precisions: bool) -> str:

@@ -189,10 +189,10 @@ def _failure(trial: Trial, name: str, file: str) -> Failure:
     record = trial.record
     reason = without_paths(record.reason or "no reason was recorded")
     log = "\n".join(reason.splitlines()[1:])
-    return Failure(name, record.trial, record.outcome, first_line(reason), log, _missing_memory(trial), file, trial.cell.strategy)
+    return Failure(name, record.trial, record.outcome, first_line(reason), log, _memory_wanted(trial), file, trial.cell.strategy)
 
 
-def _missing_memory(trial: Trial) -> str:
+def _memory_wanted(trial: Trial) -> str:
     if trial.record.outcome != "oom" or trial.cell.settings.device != "cuda":
         return ""
     card = card_bytes(trial)

@@ -224,13 +224,13 @@ def _without_naive(members: Sequence[Row], verdicts: dict[str, Parity]) -> dict[
 def _among_peers(row: Row, alone: Sequence[Row], verdict: Parity) -> Parity:
     found = [_compare(row, other, HALF_PEERS) for other in alone if _is_peer(row, other)]
     found = [item for item in found if item.state != "no partner"]
+    if not found:
+        return verdict
     apart = [item for item in found if item.state == "struck"]
     if len(apart) * 2 > len(found):
         who = "the only other strategy" if len(found) == 1 else f"{len(apart)} of {len(found)} other strategies' trials"
         return replace(verdict, state="struck", reason=f"no naive to compare with, and other losses than {who}: {apart[0].reason}")
     near = [item for item in found if item.state == "agrees"]
-    if not near:
-        return verdict
     first, curve = max(item.first or 0.0 for item in near), max(item.curve or 0.0 for item in near)
     return replace(verdict, state="peers agree", first=first, curve=curve, steps=near[0].steps, single=near[0].single)
 

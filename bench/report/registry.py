@@ -208,9 +208,9 @@ class Trial:
         return seconds
 
     def largest(self, what: str, read: Callable[[Part], int | None]) -> int:
-        """Largest value over ranks, in bytes; NoValue where a rank has none."""
+        """Largest value over ranks, in bytes; NoValue where a rank has none (0, in older records)."""
         values = [read(part) for part in self.record.parts]
-        known = [value for value in values if value is not None]
+        known = [value for value in values if value]
         if not known or len(known) < len(values):
             notes = sorted({note for part in self.record.parts for note in part.memory.notes})
             raise NoValue("; ".join(notes) or f"no rank read {what}")

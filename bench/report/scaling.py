@@ -7,7 +7,7 @@ here. Records whose clock does not count (emulated, simulated nodes, forked) hav
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,11 +47,12 @@ def scaling_tables(results: Sequence[CellResult]) -> list[Detail]:
     if not shown:
         return []
     firsts = [_series(before.cell) != _series(result.cell) for before, result in zip([shown[-1], *shown], shown, strict=False)]
-    makers = [*identity_columns(shown), *_columns(shown, results)]
+    found = {kind: {it: scaled(it, results, kind) for it in shown} for kind in KINDS}
+    makers = [*identity_columns(shown), *_columns(shown, found)]
     lines = tuple(
         Line(tuple(make(result) for _, make in makers), result.cell.strategy, first) for result, first in zip(shown, firsts, strict=True)
     )
-    return [Detail(TITLE, Table(tuple(column for column, _ in makers), lines, ()), tuple(_why_none(shown, results)))]
+    return [Detail(TITLE, Table(tuple(column for column, _ in makers), lines, ()), tuple(_why_none(found)))]
 
 
 def scaled(result: CellResult, results: Sequence[CellResult], kind: Kind) -> Scaled:
@@ -121,31 +122,31 @@ def _series(cell: Cell) -> tuple[object, ...]:
 # -- columns -----------------------------------------------------------------------------------------------------
 
 
-def _columns(shown: Sequence[CellResult], results: Sequence[CellResult]) -> list[tuple[Column, Make]]:
+def _columns(shown: Sequence[CellResult], found: Mapping[Kind, Mapping[CellResult, Scaled]]) -> list[tuple[Column, Make]]:
     own: list[tuple[Column, Make]] = []
     if len({result.cell.settings.scaling for result in shown}) > 1:
         own.append((Column("scaling", help="A setting of the suite."), lambda it: TableCell(it.cell.settings.scaling)))
     own.append((Column("batch", "per step", "Sequences or pairs of one step over all ranks.", numeric=True), _batch_cell))
     own.append(metric_column(primary_metric(shown[0].cell.stage)))
-    for kind in KINDS:
-        if any(scaled(result, results, kind).efficiencies for result in shown):
-            own += _kind_columns(kind, results)
+    for kind, ratios in found.items():
+        if any(item.efficiencies for item in ratios.values()):
+            own += _kind_columns(kind, ratios)
     own.append(metric_column("straggler_ratio"))
     if any(result.cell.nodes > 1 for result in shown):
         own.append((Column("step time by node", "s", node_step_seconds.__doc__ or ""), _nodes_cell))
     return own
 
 
-def _kind_columns(kind: Kind, results: Sequence[CellResult]) -> list[tuple[Column, Make]]:
+def _kind_columns(kind: Kind, found: Mapping[CellResult, Scaled]) -> list[tuple[Column, Make]]:
     what = f"the same strategy on one rank with {_SAME[kind]}, paired by trial"
     speedup = Column(f"{kind} speedup", "x", f"Throughput over that of {what}.", numeric=True)
     efficiency = Column(f"{kind} efficiency", "ratio", f"Speedup over the number of ranks, against {what}; 1 is perfect.", numeric=True)
 
     def times_ranks(result: CellResult) -> TableCell:
-        return _ratio_cell(result, scaled(result, results, kind), result.cell.world_size)
+        return _ratio_cell(result, found[result], result.cell.world_size)
 
     def as_it_is(result: CellResult) -> TableCell:
-        return _ratio_cell(result, scaled(result, results, kind), 1)
+        return _ratio_cell(result, found[result], 1)
 
     return [(speedup, times_ranks), (efficiency, as_it_is)]
 
@@ -180,12 +181,12 @@ def _node_times(trial: Trial) -> dict[int, float]:
         return {}
 
 
-def _why_none(shown: Sequence[CellResult], results: Sequence[CellResult]) -> Iterator[str]:
+def _why_none(found: Mapping[Kind, Mapping[CellResult, Scaled]]) -> Iterator[str]:
     """Why a kind of scaling has no column at all; both kinds in one sentence where the reasons are the same."""
     reasons: dict[str, list[str]] = {}
-    for kind in KINDS:
-        found = [scaled(result, results, kind) for result in shown if result.cell.world_size > 1]
-        if not any(item.efficiencies for item in found):
-            reasons.setdefault("; ".join(dict.fromkeys(item.reason for item in found)), []).append(kind)
+    for kind, ratios in found.items():
+        wanted = [item for result, item in ratios.items() if result.cell.world_size > 1]
+        if not any(item.efficiencies for item in wanted):
+            reasons.setdefault("; ".join(dict.fromkeys(item.reason for item in wanted)), []).append(kind)
     for reason, kinds in reasons.items():
         yield f"{' and '.join(kinds)} scaling efficiency: {reason}"

@@ -124,11 +124,11 @@ def _per_micro_batch(trial: Trial, unit: str) -> float | None:
 
 
 def _allocated(trial: Trial) -> int:
-    return trial.largest("peak_allocated_bytes", lambda part: part.memory.peak_allocated_bytes or None)
+    return trial.largest("peak_allocated_bytes", lambda part: part.memory.peak_allocated_bytes)
 
 
 def _reserved(trial: Trial) -> int:
-    return trial.largest("peak_reserved_bytes", lambda part: part.memory.peak_reserved_bytes or None)
+    return trial.largest("peak_reserved_bytes", lambda part: part.memory.peak_reserved_bytes)
 
 
 def _host_peak(trial: Trial) -> int:
