@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import chain
 
-from bench.measure.conditions import ABSENT, Difference, conditions, differences
+from bench.measure.conditions import ABSENT, VERSIONS, Difference, conditions, differences
 from bench.report.registry import Trial
 
 
@@ -16,9 +16,12 @@ def other_conditions(mine: Sequence[Trial], theirs: Sequence[Trial]) -> list[Dif
     as its strategy needs none; nor is the precision in force, which a strategy may force and a flag tells.
     """
     found = (differences([conditions(other.record)], [conditions(trial.record)]) for trial, other in paired(mine, theirs))
-    return [
-        item for item in dict.fromkeys(chain.from_iterable(found)) if item.name != "precision" and ABSENT not in (item.before, item.now)
-    ]
+    return [item for item in dict.fromkeys(chain.from_iterable(found)) if item.name != "precision" and not _did_without(item)]
+
+
+def _did_without(item: Difference) -> bool:
+    """Whether it is a package that one side had not."""
+    return item.name in VERSIONS and ABSENT in (item.before, item.now)
 
 
 def on_other_machines(mine: Sequence[Trial], theirs: Sequence[Trial]) -> bool:

@@ -64,6 +64,19 @@ def test_a_package_that_one_side_did_without_is_no_other_condition(tmp_path: Pat
     assert compared(tmp_path, trials("deepspeed_zero2", versions=versions), naive)[0].verdict == "equal"
 
 
+def test_an_image_on_one_side_only_is_another_condition(tmp_path: Path) -> None:
+    def inside(records: list[Record], image: str | None) -> list[Record]:
+        machines = [[{**machine, "container": image} for machine in record.provenance["machines"]] for record in records]
+        return [
+            dataclasses.replace(record, provenance={**record.provenance, "machines": found})
+            for record, found in zip(records, machines, strict=True)
+        ]
+
+    result, notes = compared(tmp_path, inside(trials("ddp"), "coati-bench-current-0123"), inside(trials("naive"), None))
+    assert result.verdict == "no claim (other conditions)"
+    assert [note for note in notes if "image: none / coati-bench-current-0123. (1 cell)" in note]
+
+
 def test_a_precision_that_the_strategy_forced_is_told_by_its_flag_and_is_no_other_condition(tmp_path: Path) -> None:
     forced = [
         dataclasses.replace(
