@@ -160,10 +160,11 @@ def leave_session(trial: Trial, rank: int) -> int:
     note = Path(trial.work).parent / f"stray{rank}.pid"
     code = (
         "import os, signal, sys, time\nif os.fork(): os._exit(0)\nos.setsid()\nif os.fork(): os._exit(0)\n"
-        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nopen(sys.argv[1], 'w').write(str(os.getpid()))\ntime.sleep(600)"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nwith open(sys.argv[1] + '.part', 'w') as note: note.write(str(os.getpid()))\n"
+        "os.rename(sys.argv[1] + '.part', sys.argv[1])\ntime.sleep(600)"
     )
     subprocess.run([sys.executable, "-S", "-c", code, str(note)], env={}, check=True)
-    while not note.exists() or not note.read_text():
+    while not note.exists():
         time.sleep(0.01)
     return work(trial, rank)
 
@@ -176,7 +177,7 @@ def leave_session_and_hang(trial: Trial, rank: int) -> int:
 def fail_after_stray(trial: Trial, rank: int) -> int:
     """Fail once rank 0 has left a process outside of the session."""
     note = Path(trial.work).parent / "stray0.pid"
-    while not note.exists() or not note.read_text():
+    while not note.exists():
         time.sleep(0.01)
     return exit_three(trial, rank)
 

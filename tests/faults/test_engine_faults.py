@@ -135,17 +135,14 @@ def test_a_cancelled_trial_leaves_no_container(contained, launch, engine, wait_u
 def test_nothing_survives_a_killed_supervisor(contained, engine, launcher, also, tmp_path, wait_until, gone):
     trial = contained({0: "hang_deaf", 1: "leave_session_and_hang"}, launcher=launcher, timeout_seconds=60.0, heartbeat_seconds=60.0)
     save_trial(trial, tmp_path / "trial.json")
-    process = subprocess.Popen(
-        [sys.executable, Path(__file__).with_name("fake_supervisor.py"), tmp_path / "trial.json", tmp_path / "record.json", PROGRAM],
-        stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(TREE)},
-    )  # fmt: skip
-    assert wait_until(lambda: (tmp_path / "stray1.pid").exists() and trial.heartbeat_path(0).exists(), 60)
-    inside = inside_of(trial, tmp_path)
-    outside = descendants([process.pid])
-    assert not set(inside) & set(outside)
-    for pid in [process.pid, *(pid for pid in outside if also and also in command_line(pid))]:
-        os.kill(pid, signal.SIGKILL)
-    process.wait()
+    line = [sys.executable, Path(__file__).with_name("fake_supervisor.py"), tmp_path / "trial.json", tmp_path / "record.json", PROGRAM]
+    with subprocess.Popen(line, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(TREE)}) as process:
+        assert wait_until(lambda: (tmp_path / "stray1.pid").exists() and trial.heartbeat_path(0).exists(), 60)
+        inside = inside_of(trial, tmp_path)
+        outside = descendants([process.pid])
+        assert not set(inside) & set(outside)
+        for pid in [process.pid, *(pid for pid in outside if also and also in command_line(pid))]:
+            os.kill(pid, signal.SIGKILL)
     assert wait_until(lambda: gone([*inside, *outside]) and not engine.running, 60)
 
 

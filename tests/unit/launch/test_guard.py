@@ -51,13 +51,14 @@ def test_waiting_is_bounded(start):
 
 
 def test_what_the_command_leaves_behind_is_ended_and_counted(start, tmp_path):
+    note = tmp_path / "pid"
     code = (
-        "import os, signal, time\nif os.fork() == 0:\n os.setsid()\n signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-        f" open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n time.sleep(60)\n"
-        f"while not os.path.exists({str(tmp_path / 'pid')!r}): time.sleep(0.01)"
+        f"import os, signal, time\nnote = {str(note)!r}\nif os.fork() == 0:\n os.setsid()\n signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        " open(note, 'w').write(str(os.getpid()))\n time.sleep(60)\n"
+        "while not (os.path.exists(note) and os.path.getsize(note)): time.sleep(0.01)"
     )
     assert start(code).wait(10) == Ended(code=0, killed=1)
-    assert not alive(int((tmp_path / "pid").read_text()))
+    assert not alive(int(note.read_text()))
 
 
 def test_sigterm_to_the_guard_ends_its_tree(start):
