@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import select
 import signal
 import subprocess
 import sys
@@ -19,6 +21,8 @@ from types import FrameType
 
 WAIT_SECONDS = 60.0
 """Longest wait for the container whose network this one joins."""
+HEAR_SECONDS = 0.5
+"""Longest until a signal is heard."""
 END_SECONDS = 8.0
 """What the guard inside gets to end its tree, and the engine to remove the container, before that is done by force."""
 ENGINE_SECONDS = 30.0
@@ -55,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
             signal.signal(number, signal.SIG_IGN)
         if client is not None:
             end(client)
-            remove(engine, options.name)
+        remove(engine, options.name)  # told while the client was being started, we do not know it, and it may have begun
 
 
 def _tell(number: int, _: FrameType | None) -> None:
@@ -63,8 +67,7 @@ def _tell(number: int, _: FrameType | None) -> None:
 
 
 def _attend(client: subprocess.Popen[bytes]) -> int:
-    assert client.stdout is not None
-    said = client.stdout.read()
+    said = _read(client)
     code = client.wait()
     try:
         ended = json.loads(said.splitlines()[-1])["code"]
@@ -72,6 +75,17 @@ def _attend(client: subprocess.Popen[bytes]) -> int:
         return code  # the engine's own: it did not start, or the guard inside was killed
     code = 1 if ended is None else int(ended)
     return code if code >= 0 else 128 - code
+
+
+def _read(client: subprocess.Popen[bytes]) -> bytes:
+    """All that it prints. In slices: a signal that came just before a call that blocks is handled after it."""
+    assert client.stdout is not None
+    said = b""
+    while True:
+        if select.select([client.stdout], [], [], HEAR_SECONDS)[0]:
+            if not (data := os.read(client.stdout.fileno(), 65536)):
+                return said
+            said += data
 
 
 def wait_for(engine: str, name: str, seconds: float = WAIT_SECONDS) -> bool:

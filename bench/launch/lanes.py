@@ -9,6 +9,9 @@ from typing import TypeVar
 
 from bench.launch.watch import Stop
 
+HEAR_SECONDS = 0.2
+"""Only the main thread handles signals, and one that another thread took does not wake it."""
+
 Job = TypeVar("Job")
 Lane = TypeVar("Lane")
 Result = TypeVar("Result")
@@ -35,8 +38,12 @@ def in_lanes(jobs: Sequence[Job], lanes: Sequence[Lane], run: Callable[[Job, Lan
 
     with ThreadPoolExecutor(len(lanes)) as pool:
         futures = [pool.submit(in_a_lane, job) for job in jobs]
-        wait(futures, return_when=FIRST_EXCEPTION)
-        pool.shutdown(cancel_futures=True)
+        running = set(futures)
+        while running:
+            ended, running = wait(running, HEAR_SECONDS, FIRST_EXCEPTION)
+            if any(not future.cancelled() and future.exception() for future in ended):
+                for future in running:
+                    future.cancel()
     for future in futures:
         if not future.cancelled() and (error := future.exception()):
             raise error

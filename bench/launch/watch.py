@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import queue
 import signal
 import socket
 import threading
@@ -30,20 +31,28 @@ class Stop:
     """Whether somebody wants the supervisor to stop, and by which signal."""
 
     def __init__(self) -> None:
-        self._event = threading.Event()
+        # no Event: its lock is taken again by a handler that interrupts `wait`, which then hangs; this queue is reentrant
+        self._asks: queue.SimpleQueue[None] = queue.SimpleQueue()
         self.asked: str | None = None
         self.asked_at: float | None = None
         """When, on the monotonic clock."""
 
     def ask(self, reason: str) -> None:
-        """Want it to stop."""
-        self.asked = self.asked or reason
+        """Want it to stop; a signal handler may call this."""
         self.asked_at = self.asked_at or time.monotonic()
-        self._event.set()
+        self.asked = self.asked or reason
+        self._asks.put(None)
 
     def wait(self, seconds: float) -> bool:
-        """Sleep, at most until somebody asks."""
-        return self._event.wait(seconds)
+        """Sleep, at most until somebody asks; whether somebody has."""
+        if self.asked:
+            return True
+        try:
+            self._asks.get(timeout=seconds)
+        except queue.Empty:
+            return False
+        self._asks.put(None)  # for whoever else waits
+        return True
 
 
 @contextmanager

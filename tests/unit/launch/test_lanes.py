@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import threading
+import time
 
 import pytest
 
@@ -46,3 +48,34 @@ def test_a_job_that_raises_is_the_last_to_begin_and_its_error_is_told():
     with pytest.raises(ValueError, match="job 0"):
         in_lanes(range(50), ["only"], run, Stop())
     assert len(seen) < 50
+
+
+def test_a_signal_that_another_thread_took_is_heard_while_jobs_run():
+    taken = threading.Event()
+
+    def run(job, lane):
+        time.sleep(0.3)  # until the main thread waits for this one
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+        return taken.wait(10)
+
+    before = signal.signal(signal.SIGTERM, lambda *_: taken.set())
+    try:
+        assert in_lanes([0], ["only"], run, Stop()) == [True]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_jobs_beside_one_that_raised_end_before_its_error_is_told():
+    together, seen = threading.Barrier(2), []
+
+    def run(job, lane):
+        together.wait(30)
+        if job == 0:
+            raise ValueError("job 0")
+        time.sleep(0.3)
+        seen.append(job)
+        return job
+
+    with pytest.raises(ValueError, match="job 0"):
+        in_lanes(range(2), ["left", "right"], run, Stop())
+    assert seen == [1]

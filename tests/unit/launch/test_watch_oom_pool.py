@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import threading
 
 import pytest
 
@@ -13,9 +16,29 @@ from bench.launch.alone import alone
 from bench.launch.oom import oom_kills
 from bench.launch.pool import BusyError, LackingError, hold_devices
 from bench.launch.supervise import clean, tail
-from bench.launch.watch import Heartbeats, Place, listening
+from bench.launch.watch import Heartbeats, Place, Stop, listening
 from bench.measure.nvml import visible
 from bench.trial import make_trial
+
+RAIN = """
+import signal, threading
+from bench.launch.watch import listening
+
+def rain():
+    for _ in range(10_000):
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+
+with listening() as stop:
+    cloud = threading.Thread(target=rain)
+    cloud.start()
+    while cloud.is_alive():
+        stop.wait(0.0001)
+        stop.asked = None  # so that it waits in earnest again
+    cloud.join()
+    stop.ask("SIGTERM")
+    assert stop.wait(0)
+    print(stop.asked)
+"""
 
 
 @pytest.fixture
@@ -50,6 +73,22 @@ def test_signals_are_heard_and_handlers_put_back():
         assert stop.wait(1)
         assert stop.asked == "SIGTERM"
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_signal_that_interrupts_the_wait_for_it_at_any_point_hangs_nothing():
+    done = subprocess.run([sys.executable, "-c", RAIN], timeout=60, check=True, capture_output=True, text=True)
+    assert done.stdout == "SIGTERM\n"
+
+
+def test_all_who_wait_are_woken():
+    stop, woken = Stop(), []
+    waiters = [threading.Thread(target=lambda: woken.append(stop.wait(60))) for _ in range(3)]
+    for waiter in waiters:
+        waiter.start()
+    stop.ask("SIGTERM")
+    for waiter in waiters:
+        waiter.join(10)
+    assert woken == [True] * 3
 
 
 @pytest.mark.parametrize(
