@@ -58,6 +58,10 @@ class Typed:
         text, _ = self.processes[node].communicate(timeout=seconds)
         return self.processes[node].returncode, text
 
+    def has_begun(self):
+        """Whether node 0 has spoken, which another node with little patience should find when it comes."""
+        return (meeting_folder(self.record_path.with_name("record-logs")) / "node0.json").exists()
+
     def has_stepped(self):
         """Whether each rank has said that it finished a step: what breaks from then on is not tried again."""
         beats = [self.record_path.with_name("record-logs") / f"heartbeat{rank}.json" for rank in (0, 1)]
@@ -141,7 +145,8 @@ def test_a_node_whose_command_is_killed_ends_its_ranks_and_the_trial(typed, wait
 def test_a_node_that_falls_silent_is_noticed_from_its_last_beat_on_and_ends_its_ranks_when_it_wakes(typed, wait_until, gone):
     trial = typed({0: "beat_for_ever", 1: "beat_for_ever"}, timeout_seconds=120.0)
     trial.type(0)
-    trial.type(1, wait=3)
+    assert wait_until(trial.has_begun, 60)
+    trial.type(1, wait=5)
     assert wait_until(trial.has_stepped, 60)
     below = descendants([process.pid for process in trial.processes.values()])
     trial.processes[1].send_signal(signal.SIGSTOP)
@@ -161,7 +166,8 @@ def test_a_node_that_falls_silent_is_noticed_from_its_last_beat_on_and_ends_its_
 def test_where_node_0_is_killed_the_others_end_their_ranks(typed, wait_until, gone):
     trial = typed({0: "beat_for_ever", 1: "beat_for_ever"})
     trial.type(0)
-    trial.type(1, wait=3)
+    assert wait_until(trial.has_begun, 60)
+    trial.type(1, wait=5)
     assert wait_until(trial.has_stepped, 60)
     below = [pid for process in trial.processes.values() for pid in descendants([process.pid])]
     trial.processes[0].kill()
