@@ -140,7 +140,7 @@ class _Plan:
     def gathered_bytes(self, role: str) -> float:
         """Weights of a model that come on top of its states at the end of a forward pass: whole beside their shards, or fetched."""
         model, held, sharded = self.models[role], self.held[role], self.strategy.sharded
-        if model.frozen and not self.strategy.gathers_frozen:
+        if model.frozen:
             return 0.0
         elements = (held.trainable if "parameters" in sharded else 0) + (held.frozen if "frozen" in sharded else 0)
         size = held.trainable * WEIGHT_BYTES[self.cell.settings.precision] if "parameters" in sharded else 0

@@ -55,6 +55,9 @@ class Engine(ABC):
     def set_learning_rate(self, value: float) -> None:
         """Learning rate of the next step."""
 
+    def reshard(self) -> None:  # noqa: B027 (most have nothing to do)
+        """Give back weights that a forward pass without gradients left whole (`Strategy.stays_gathered`). Collective."""
+
     @abstractmethod
     def full_state(self) -> dict[str, torch.Tensor] | None:
         """All weights, unsharded, on the CPU, under the names that the bare module has (LoRA layers included).
@@ -117,8 +120,6 @@ class Strategy(ABC):
     """What lies in host memory between its uses, and so takes none of the device's: parameters that train, gradients, optimizer."""
     stays_gathered: ClassVar[bool] = False
     """Whether what `gathered_share` tells of is still there after a forward pass without gradients, of a model that trains."""
-    gathers_frozen: ClassVar[bool] = False
-    """Whether `gathered_share` holds for models that are only read, too."""
     gathers_root: ClassVar[bool] = False
     """Whether what lies outside of the layers (embeddings, an untied head) is whole from forward to backward pass, beside its shards."""
     copies_gradients: ClassVar[bool] = True

@@ -1,9 +1,10 @@
 """deepspeed_zero3: DeepSpeed's ZeRO, stage 3. Parameters, gradients and optimizer states in shards, gathered module by module.
 
-By default DeepSpeed lets nothing go that is used again within 10^9 parameters (`stage3_max_reuse_distance`). So a model of less than
-half of that is whole on every rank from its forward to its backward pass, and if it trains it stays so after a forward pass without
-gradients; of a larger one the first layers go. Seen on two H200: BLOOM-560m, whose head is its embedding, is hardly there at all at the end
-of its forward pass. The bucket in which gradients are reduced is always there.
+DeepSpeed gathers ahead until 10^9 parameters are whole (`stage3_max_live_parameters`), and lets nothing go that it has seen will be used
+again. So a model of fewer is whole on every rank from its forward to its backward pass, and is gathered once a micro-step; if it trains it
+stays whole after a forward pass without gradients. Of a larger one as many parameters are whole. A frozen model is gathered ahead too, but
+nothing of it is used again: it is gone at the end of its pass. The bucket in which gradients are
+reduced is always there.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-REUSE = 1_000_000_000
-"""What is used again before so many parameters have been used is not let go (DeepSpeed's default)."""
+LIVE = 1_000_000_000
+"""So many parameters of a model may be whole at once (DeepSpeed's default, `stage3_max_live_parameters`)."""
 
 SUB_GROUP = 1_000_000_000
 """A rank's elements that are copied and updated at once (DeepSpeed's default, `sub_group_size`)."""
@@ -31,6 +32,14 @@ SUB_GROUP = 1_000_000_000
 
 class Zero3Engine(DeepSpeedZeroEngine):
     """Shards of the parameters lie in `parameter.ds_tensor`, their fp32 masters in flat tensors, whatever the precision."""
+
+    def __init__(self, module: nn.Module, cell: Cell, device: torch.device, *, learning_rate: float, stage: int) -> None:
+        super().__init__(module, cell, device, learning_rate=learning_rate, stage=stage)
+        forget_with_the_trace(self._optimizer.parameter_offload.get_param_coordinator())
+
+    def reshard(self) -> None:
+        """See `Engine.reshard`."""
+        self._optimizer.empty_partition_cache()
 
     def training_state(self) -> dict[str, Any]:
         """See `Engine.training_state`."""
@@ -73,6 +82,24 @@ class Zero3Engine(DeepSpeedZeroEngine):
             whole[0].all_gather(whole)
 
 
+def forget_with_the_trace(coordinator: Any) -> None:
+    """Have DeepSpeed forget what it does after each module of a trace when it gives up that trace.
+
+    It caches what it lets go by module and place (0.19.8, `__params_to_release`) and never clears that. So after an evaluation, whose trace
+    has no backward pass, it would let go of every weight after its forward pass for good, and gather all of them twice a micro-step.
+    """
+    decide = getattr(type(coordinator), "_PartitionedParameterCoordinator__params_to_release", None)
+    caches = [cell.cell_contents for cell in getattr(decide, "__closure__", None) or () if hasattr(cell.cell_contents, "cache_clear")]
+    give_up = coordinator._invalidate_trace
+
+    def give_up_and_forget() -> None:
+        give_up()
+        for cache in caches:
+            cache.cache_clear()
+
+    coordinator._invalidate_trace = give_up_and_forget
+
+
 def _saved(value: torch.Tensor) -> dict[str, Any]:
     """A tensor with its kind of device: some optimizers count their steps on the host."""
     return {"tensor": kept(value), "device": value.device.type}
@@ -91,12 +118,12 @@ class DeepSpeedZero3(DeepSpeedZero):
     engine = Zero3Engine
     description = "DeepSpeed ZeRO stage 3: parameters, gradients and optimizer states in shards"
     sharded = frozenset({"parameters", "gradients", "optimizer", "frozen"})
-    stays_gathered = gathers_frozen = True
+    stays_gathered = True
     quantising_threads = ("deepspeedai/DeepSpeed#5819",)
 
     def gathered_share(self, elements: int, ranks: int) -> float:
-        """See `Strategy.gathered_share`. On the way to its last layer and back a pass uses each parameter twice."""
-        return 1.0 if ranks > 1 and 2 * elements <= REUSE else 0.0
+        """See `Strategy.gathered_share`."""
+        return min(1.0, LIVE / elements) if ranks > 1 else 0.0
 
     def updated_at_once(self, elements: int) -> int:
         """See `Strategy.updated_at_once`."""

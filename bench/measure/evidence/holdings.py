@@ -27,6 +27,9 @@ class Engine(Protocol):
     def step(self) -> float | Tensor:
         """Update; returns the gradient norm."""
 
+    def reshard(self) -> None:
+        """Give back weights that were left whole."""
+
 
 def has_masters(precision: str) -> bool:
     """Whether the mode keeps fp32 masters beside 16-bit parameters.

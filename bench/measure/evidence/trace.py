@@ -108,6 +108,7 @@ class ModelTrace:
         if not torch.is_grad_enabled():
             return
         if not self._listening:
+            self._engine.reshard()  # so that the step gathers what it reads
             self._weights = self._bits()
             self._listen()
         elif self._backwards and self.micro_steps is None:

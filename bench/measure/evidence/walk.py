@@ -34,9 +34,9 @@ class Slot(NamedTuple):
     key: Any
 
     def raw(self) -> Any:
-        """What is there now; None if the place is gone."""
+        """What is there now; None if the place is gone. DeepSpeed's dictionaries gather what they are asked for in a forward pass."""
         try:
-            return self.owner[self.key]
+            return dict.__getitem__(self.owner, self.key) if isinstance(self.owner, dict) else self.owner[self.key]
         except (KeyError, IndexError):
             return None
 
