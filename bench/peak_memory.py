@@ -157,7 +157,7 @@ class _Plan:
 
     def _fetched_bytes(self, model: Network) -> float:
         """The head of a model that trains in host memory, which is on the device while logits are computed."""
-        if "parameters" not in self.strategy.offloaded or model.lora_rank or model.frozen or model.scalar_head:
+        if "parameters" not in self.strategy.offloaded or model.lora_rank or model.scalar_head:
             return 0.0
         return float(self.shape.vocabulary * self.shape.hidden * WEIGHT_BYTES[self.cell.settings.precision])
 
@@ -165,7 +165,7 @@ class _Plan:
         """Weights of all models but one that earlier forward passes without gradients have left whole."""
         if not self.strategy.stays_gathered:
             return 0.0
-        return sum(self.gathered_bytes(other) for other, model in self.models.items() if other != role and not model.frozen)
+        return sum(self.gathered_bytes(other) for other in self.models if other != role)
 
     def step_bytes(self, role: str) -> float:
         """What an optimizer step makes beside its states: fp32 copies of 16-bit gradients, and AdamW's square roots of second moments."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from queue import SimpleQueue
 from typing import TypeVar
 
 from bench.launch.watch import Stop
 
 HEAR_SECONDS = 0.2
-"""Only the main thread handles signals, and one that another thread took does not wake it."""
+"""How often the main thread wakes: only it handles signals, and one that another thread took does not wake it."""
 
 Job = TypeVar("Job")
 Lane = TypeVar("Lane")
@@ -41,10 +41,15 @@ def in_lanes(jobs: Sequence[Job], lanes: Sequence[Lane], run: Callable[[Job, Lan
         running = set(futures)
         while running:
             ended, running = wait(running, HEAR_SECONDS, FIRST_EXCEPTION)
-            if any(not future.cancelled() and future.exception() for future in ended):
+            if any(map(_error, ended)):
                 for future in running:
                     future.cancel()
     for future in futures:
-        if not future.cancelled() and (error := future.exception()):
+        if error := _error(future):
             raise error
     return [result for future in futures for result in future.result()]
+
+
+def _error(future: Future[list[Result]]) -> BaseException | None:
+    """What an ended job has raised; None also for one that was not begun."""
+    return None if future.cancelled() else future.exception()
