@@ -12,7 +12,6 @@ from bench.strategies.colossal import import_colossalai
 from bench.strategies.gemini import heed_divisor
 
 import_colossalai()
-pytestmark = pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
 GRADIENT = torch.linspace(1, 2, 8).bfloat16()
 
 
