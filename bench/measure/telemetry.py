@@ -6,6 +6,7 @@ there: so the supervisor polls, and keeps peaks. What changes slowly goes into a
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ WALK_SHARE = 0.01
 
 
 class Telemetry:
-    """A thread that polls from `__enter__` to `__exit__`.
+    """A thread that polls from `__enter__` to `__exit__`. It takes no signals: one would not wake the main thread from a system call.
 
     `pids` gives the live processes of the ranks; `resident` and `proportional` their sizes. `devices` are those of the trial,
     idle when this is made: their memory in use then is the baseline.
@@ -53,7 +54,11 @@ class Telemetry:
         self._thread = threading.Thread(target=self._poll, name="telemetry", daemon=True)
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # which the thread inherits
+        try:
+            self._thread.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import signal
 import threading
 from itertools import pairwise
 from pathlib import Path
@@ -70,6 +71,15 @@ def test_host_memory_is_the_largest_sum_over_the_processes_of_the_ranks():
         read(telemetry)
     observed = telemetry.observed()
     assert (observed["host_peak_bytes"], observed["host_peak_proportional_bytes"]) == (150, 75)
+
+
+def test_signals_are_left_to_the_main_thread():
+    with Ranks({1: 1}).telemetry():
+        (there,) = (thread for thread in threading.enumerate() if thread.name == "telemetry")
+        status = Path(f"/proc/self/task/{there.native_id}/status").read_text(encoding="utf-8")
+    blocked = int(status.partition("SigBlk:")[2].split()[0], 16)
+    assert all(blocked >> number - 1 & 1 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1))
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 @pytest.mark.parametrize(("what", "slow_seconds"), [("walk", 0.002), ("search", 60.0)])
