@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
-from math import log
 from pathlib import Path
 
 from bench.cell import Cell
@@ -18,7 +17,7 @@ from bench.report.inventory import BASELINE, STAGE_ORDER, Inventory, Missing, Ro
 from bench.report.metrics import METRICS, Trial, primary_metric
 from bench.report.parity import Parity, comparison_key, judge
 from bench.report.registry import NOTHING, Given
-from bench.report.statistics import THRESHOLD, Comparison, Summary, compare, verdicts
+from bench.report.statistics import Comparison, Summary, compare, verdicts
 
 MEMORY = ("device_memory_gib", "peak_allocated_gib", "host_peak_gib")
 """Memory metrics, the most telling first."""
@@ -121,23 +120,6 @@ class CellResult:
         return bool(self.ok) and self.clock_problem is None and not self.struck
 
 
-@dataclass(frozen=True, slots=True)
-class RankedSet:
-    """Cells that differ in nothing but the strategy (and `naive`, which runs on one rank)."""
-
-    cell: Cell
-    """One of them, for what they share."""
-    results: tuple[CellResult, ...]
-
-    def leaders(self, name: str, *, highest: bool) -> list[CellResult]:
-        """The ranked cell with the best median, and those within the practical threshold of it; empty where fewer than two are ranked."""
-        known = [(summary.middle, result) for result in self.results if result.ranked and (summary := result.summary(name))]
-        if len(known) < 2 or min(value for value, _ in known) <= 0:
-            return []
-        ordered = sorted(known, key=lambda item: -item[0] if highest else item[0])
-        return [result for value, result in ordered if abs(log(value / ordered[0][0])) <= THRESHOLD]
-
-
 @dataclass(eq=False)
 class Analysis:
     """The inventory with all verdicts."""
@@ -183,14 +165,6 @@ class Analysis:
     def random_weights(self) -> bool:
         """Whether every cell began from random weights."""
         return all(result.cell.settings.weights == "random" for result in self.results)
-
-    @cached_property
-    def ranked_sets(self) -> tuple[RankedSet, ...]:
-        """Comparison sets with at least two ranked cells on the same number of ranks."""
-        groups: dict[tuple[str, int, int], list[CellResult]] = defaultdict(list)
-        for result in self.results:
-            groups[(comparison_key(result.cell), result.cell.nodes, result.cell.processes_per_node)].append(result)
-        return tuple(RankedSet(members[0].cell, tuple(members)) for members in groups.values() if sum(it.ranked for it in members) > 1)
 
 
 def read_analysis(records: Path, plan: Path | None = None, references: Path | None = None, given: Given = NOTHING) -> Analysis:

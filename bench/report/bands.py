@@ -100,7 +100,7 @@ def read_references(folder: Path | None) -> tuple[Row, ...]:
     """The stored records below `folder` (results/references: <device>/<suite>/records/...); none if it is missing or empty."""
     if folder is None or not folder.is_dir() or not any(folder.rglob("*.json")):
         return ()
-    return read_inventory(folder).rows
+    return read_inventory(folder, once=lambda row: (*_identity(row), row.record.trial)).rows
 
 
 def suites_of(references: Iterable[Row]) -> frozenset[str]:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from bench.cell import Cell
 from bench.differences import titled
-from bench.report.analysis import Analysis, CellResult, RankedSet, memory_metric
-from bench.report.conditions import on_other_machines
+from bench.report.analysis import Analysis, CellResult
 from bench.report.metrics import METRICS, primary_metric
 from bench.report.parity import NOTHING_TRAINED, compared
+from bench.report.ranking import Leaders, RankedSet, ranked_sets
 from bench.report.statistics import Summary
-from bench.report.text import counted, listed, lora, number, ratio, shape, spread
+from bench.report.text import DASH, counted, listed, lora, number, ratio, shape, spread
 from bench.stages.base import SPECS
 
 MOST_FAILING = 4
@@ -160,37 +160,38 @@ def _speed(analysis: Analysis) -> Iterator[str]:
         if reasons:
             yield f"No time or memory is claimed: {listed(reasons)}. Such figures are greyed and never compared."
         return
+    sets = ranked_sets(analysis.results)
     for stage in analysis.stages:
-        sets = [item for item in analysis.ranked_sets if item.cell.stage == stage]
-        if sentence := _stage_sentence(stage, sets):
+        if sentence := _stage_sentence(stage, [item for item in sets if item.cell.stage == stage]):
             yield sentence
 
 
 def _stage_sentence(stage: str, sets: list[RankedSet]) -> str:
-    fastest = Counter(names(leaders) for item in sets if (leaders := _fastest(item)))
-    leanest = Counter(names(leaders) for item in sets if (leaders := _leanest(item)))
+    fastest, leanest = [it for item in sets if (it := item.fastest)], [it for item in sets if (it := item.leanest)]
     if not fastest:
         return ""
-    words = f"{SPECS[stage].title}: highest throughput {_counted_leaders(fastest)}"
-    if leanest:
-        words += f"; least memory {_counted_leaders(leanest)}"
-    return f"{words}{' (observed; too few trials for a claim)' if not any(map(_claimed, sets)) else ''}."
+    backed = sum(it.backed for it in fastest)
+    claim = f" ({'observed' if backed == 0 else f'by the statistics in {backed}, else observed'}{_left_out(fastest)})"
+    words = f"{SPECS[stage].title}: highest throughput {_winners(fastest)}{claim if backed < len(fastest) else _left_out(fastest, ' ({})')}"
+    return words + (f"; least memory {_winners(leanest)} (observed)." if leanest else ".")
 
 
-def _claimed(item: RankedSet) -> bool:
-    """Whether any strategy of the set is faster or slower than `naive` by the statistics."""
-    return any(result.verdict in ("faster", "slower", "equal") for result in item.results)
+def _left_out(found: list[Leaders], form: str = "; {}") -> str:
+    names = list(dict.fromkeys(name for it in found for name in it.left_out))
+    return form.format(f"under other conditions: {listed(names)}") if names else ""
 
 
-def names(leaders: list[CellResult]) -> str:
-    """The best strategy, and those within the practical threshold of it."""
-    first, *others = [result.cell.strategy for result in leaders]
-    return f"{first} ({listed(others)} within 3 %)" if others else first
-
-
-def _counted_leaders(counts: Counter[str]) -> str:
-    ordered, total = sorted(counts.items(), key=lambda item: (-item[1], item[0])), sum(counts.values())
-    return ordered[0][0] if len(ordered) == 1 else "; ".join(f"in {count} of {total} comparisons {name}" for name, count in ordered)
+def _winners(found: list[Leaders]) -> str:
+    """Who leads, and in how many comparisons, those that several lead within the practical threshold under the best of them."""
+    if len(found) == 1:
+        return found[0].text
+    counts = Counter(it.results[0].cell.strategy for it in found)
+    ordered, total = sorted(counts.items(), key=lambda item: (-item[1], item[0])), len(found)
+    return (
+        f"{ordered[0][0]} in {'both' if total == 2 else f'all {total}'} comparisons"
+        if len(ordered) == 1
+        else listed([f"{name} in {count}{f' of {total} comparisons' if not place else ''}" for place, (name, count) in enumerate(ordered)])
+    )
 
 
 def _bands(analysis: Analysis) -> Iterator[str]:
@@ -230,34 +231,26 @@ def _quality(analysis: Analysis) -> Iterator[str]:
 # -- answers -----------------------------------------------------------------------------------------------------
 
 
-def _fastest(item: RankedSet) -> list[CellResult]:
-    return item.leaders(primary_metric(item.cell.stage), highest=True)
-
-
-def _leanest(item: RankedSet) -> list[CellResult]:
-    return item.leaders(memory_metric(item.results), highest=False)
-
-
 def answers(analysis: Analysis) -> list[Answer]:
     """One answer for each comparison set with two measured strategies at least."""
     found = []
-    questions = _questions(analysis)
-    for item in analysis.ranked_sets:
-        fastest, leanest = _fastest(item), _leanest(item)
-        if fastest and leanest:
-            elsewhere = any(on_other_machines(other.ok, fastest[0].ok) for other in item.results)
-            speed = _note(fastest[0], primary_metric(item.cell.stage)) + ("; others ran on other machines" if elsewhere else "")
-            memory = _note(leanest[0], memory_metric(item.results))
-            found.append(Answer(questions[item.cell], names(fastest), speed, names(leanest), memory))
+    sets = ranked_sets(analysis.results)
+    questions = _questions(analysis, sets)
+    for item in sets:
+        fastest, leanest = item.fastest, item.leanest
+        speed = (fastest.text, _note(fastest)) if fastest else (DASH, "no two strategies ran under the same conditions")
+        memory = (leanest.text, _note(leanest)) if leanest else (DASH, "no figure of memory for two strategies")
+        if fastest or leanest:
+            found.append(Answer(questions[item.cell], *speed, *memory))
     return found
 
 
-def _questions(analysis: Analysis) -> dict[Cell, str]:
+def _questions(analysis: Analysis, sets: Sequence[RankedSet]) -> dict[Cell, str]:
     """What each set is about, by its cell, and where others are named alike the settings that tell it from them."""
     cells = [result.cell for result in analysis.results]
     models, precisions = {it.model for it in cells}, {it.settings.precision for it in cells}
     words = partial(_set_name, models=len(models) > 1, precisions=len(precisions) > 1)
-    return titled((item.cell for item in analysis.ranked_sets), words, " · ", compared)
+    return titled((item.cell for item in sets), words, " · ", compared)
 
 
 def _set_name(cell: Cell, *, models: bool, precisions: bool) -> str:
@@ -267,21 +260,26 @@ def _set_name(cell: Cell, *, models: bool, precisions: bool) -> str:
     return " · ".join(parts + ([cell.settings.precision] if precisions else []))
 
 
-def _note(result: CellResult, name: str) -> str:
-    summary = result.summary(name)
+def _note(leaders: Leaders) -> str:
+    """The figure, how far it can be believed, and who was not ranked or ran elsewhere."""
+    first = leaders.results[0]
+    summary = first.summary(leaders.metric)
     assert summary is not None
-    around = spread(summary)
     count = "" if summary.interval else f"n = {len(summary.points)}"
-    claim = "" if METRICS[name].unit == "GiB" else _claim(result)
-    return f"{number(summary.middle)} {METRICS[name].unit} ({', '.join(filter(None, (around, count)))}{claim})"
+    claim = _claim(first, backed=leaders.backed) if leaders.metric == primary_metric(first.cell.stage) else ""
+    words = f"{number(summary.middle)} {METRICS[leaders.metric].unit} ({', '.join(filter(None, (spread(summary), count)))}{claim})"
+    why = "under other conditions" if claim else "without this figure"
+    rest = [(leaders.left_out, f"not ranked, {why}"), (leaders.elsewhere, "on other machines")]
+    return "; ".join([words, *(f"{text}: {listed(list(names))}" for names, text in rest if names)])
 
 
-def _claim(result: CellResult) -> str:
+def _claim(result: CellResult, *, backed: bool) -> str:
     """The verdict against `naive`, with the ratio that it is about."""
     if result.comparison is None:
-        return "" if result.verdict == "baseline" else f"; {result.verdict}"
+        return "; " + (result.verdict if result.verdict != "baseline" else "no other is faster" if backed else "observed")
     around = spread(Summary(result.comparison.ratios), ratio)
-    return f"; {result.verdict}, {ratio(result.comparison.middle)} x naive{f' ({around})' if around else ''}"
+    where = " on 1 rank" if result.cell.world_size > 1 else ""
+    return f"; {result.verdict}, {ratio(result.comparison.middle)} x naive{where}{f' ({around})' if around else ''}"
 
 
 def tiles(analysis: Analysis) -> list[Tile]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -82,10 +82,18 @@ def cell_order(cell: Cell) -> tuple[object, ...]:
     )
 
 
-def read_inventory(records: Path, plan: Path | None = None, keep: Callable[[Row], Row] = lambda row: row) -> Inventory:
+def trial_of(row: Row) -> Hashable:
+    """What may be there once: a trial of a cell."""
+    return row.record.cell_id, row.record.trial
+
+
+def read_inventory(
+    records: Path, plan: Path | None = None, keep: Callable[[Row], Row] = lambda row: row, once: Callable[[Row], Hashable] = trial_of
+) -> Inventory:
     """Read every `*.json` below `records`. Raises UserError if the folder is missing or holds no JSON file at all.
 
-    `keep` gets each valid row as it was read and returns what is kept of it: many thousand records do not fit into memory whole.
+    `keep` gets each valid row as it was read and returns what is kept of it: many thousand records do not fit into memory whole. Of rows
+    for which `once` says the same, the first is kept; the others count as bad files.
     """
     if records.exists() and not records.is_dir():
         raise UserError(f"{records}: no folder of records; seen: a file; give the folder, for example results/quickstart/records")
@@ -94,7 +102,7 @@ def read_inventory(records: Path, plan: Path | None = None, keep: Callable[[Row]
     files = sorted(path for path in records.rglob("*.json") if not path.name.startswith("."))
     if not files and plan is None:
         raise UserError(f"{records}: no records; seen: no *.json file below it; run a suite first (`coati-bench run SUITE`)")
-    rows, bad_files = _read_rows(records, files, keep)
+    rows, bad_files = _read_rows(records, files, keep, once)
     if not rows and not bad_files:
         raise UserError(f"{records}: no records; seen: 0 of the planned trials; run the suite first (`coati-bench run SUITE`)")
     return Inventory(tuple(sorted(rows, key=_row_order)), tuple(bad_files), load_plan(plan) if plan else None)
@@ -104,17 +112,19 @@ def _row_order(row: Row) -> tuple[object, ...]:
     return (*cell_order(row.cell), row.record.trial, row.file)
 
 
-def _read_rows(records: Path, files: Iterable[Path], keep: Callable[[Row], Row]) -> tuple[list[Row], list[BadFile]]:
+def _read_rows(
+    records: Path, files: Iterable[Path], keep: Callable[[Row], Row], once: Callable[[Row], Hashable]
+) -> tuple[list[Row], list[BadFile]]:
     rows: list[Row] = []
     bad_files: list[BadFile] = []
-    first: dict[tuple[str, int], str] = {}
+    first: dict[Hashable, str] = {}
     for path in files:
         name = path.relative_to(records).as_posix()
         row = _read_row(path, name)
         if isinstance(row, BadFile):
             bad_files.append(row)
             continue
-        known = first.setdefault((row.record.cell_id, row.record.trial), name)
+        known = first.setdefault(once(row), name)
         if known == name:
             rows.append(keep(row))
         else:

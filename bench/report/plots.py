@@ -267,7 +267,7 @@ def _phase_bars(_analysis: Analysis, stage: str, results: Sequence[CellResult]) 
     if panels:
         problem = next((result.clock_problem for result in means if result.clock_problem), None)
         warning = f" Not a measurement ({problem}): it shows only which phases ran." if problem else ""
-        caption = f"Mean seconds of each phase of an iteration, slowest rank of each lap, first trial.{warning}"
+        caption = f"Mean seconds of each phase of an iteration over all ranks, first trial.{warning}"
         legend = tuple((name.replace("_", " "), style, "") for name, style in styles.items())
         yield Figure("Phases of an iteration", caption, tuple(panels), legend, "box")
 

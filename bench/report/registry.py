@@ -194,15 +194,16 @@ class Trial:
 
     @property
     def phases(self) -> dict[str, float]:
-        """Seconds of the window by phase, slowest rank of each lap; NoValue where there are none."""
-        phases = self.timed().phases
-        if not phases:
+        """Seconds of the window by phase, mean over ranks, so that they add up to the window; NoValue where there are none."""
+        ranks = self.timed().phases_by_rank
+        names = dict.fromkeys(name for phases in ranks for name in phases)
+        if not names:
             raise NoValue("the laps have no phases")
-        return phases
+        return {name: sum(phases.get(name, 0.0) for phases in ranks) / len(ranks) for name in names}
 
     def in_phases(self, *names: str) -> float:
-        """Seconds of the window in some phases; NoValue if none of them took any."""
-        seconds = sum(self.phases.get(name, 0.0) for name in names)
+        """Seconds of the window in some phases, of the rank that was in them longest; NoValue if none of them took any."""
+        seconds = max((sum(phases.get(name, 0.0) for name in names) for phases in self.timed().phases_by_rank), default=0.0)
         if seconds <= 0:
             raise NoValue(f"no time in {' or '.join(names)}")
         return seconds

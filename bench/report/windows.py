@@ -31,8 +31,7 @@ class JobLap(NamedTuple):
     seconds_by_rank: tuple[float, ...]
     counts: dict[str, int]
     """Summed over the data-parallel ranks."""
-    phases: dict[str, float]
-    """Of the slowest rank in the lap."""
+    phases_by_rank: tuple[dict[str, float], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,10 +45,10 @@ class Window:
     """Seconds of each rank over the window."""
     counts: dict[str, int]
     """Units over all laps and data-parallel ranks; a unit that a lap lacks is left out."""
-    phases: dict[str, float]
-    """Seconds by phase over all laps, each of its slowest rank."""
+    phases_by_rank: tuple[dict[str, float], ...]
+    """Seconds of each rank over the window by phase."""
     phase_share: float
-    """Largest share of a lap that its phases claim; above 1 is impossible."""
+    """Largest share of a rank's lap that its phases claim; above 1 is impossible."""
     dropped: int
     """Warm-up laps before them."""
     steady: bool | None
@@ -95,13 +94,13 @@ def job_laps(record: Record) -> list[JobLap]:
 def _merge(laps: tuple[Lap, ...], counted: list[bool]) -> JobLap:
     if len(laps) == 1:
         only = laps[0]
-        return JobLap(only.first_step, only.steps, only.seconds, (only.seconds,), only.counts, only.phases)
+        return JobLap(only.first_step, only.steps, only.seconds, (only.seconds,), only.counts, (only.phases,))
     slowest = max(laps, key=lambda lap: lap.seconds)
     working = [lap for lap, counts in zip(laps, counted, strict=True) if counts]
     units = [unit for unit in working[0].counts if all(unit in lap.counts for lap in working)]
     counts = {unit: sum(lap.counts[unit] for lap in working) for unit in units}
     seconds = tuple(lap.seconds for lap in laps)
-    return JobLap(slowest.first_step, slowest.steps, slowest.seconds, seconds, counts, slowest.phases)
+    return JobLap(slowest.first_step, slowest.steps, slowest.seconds, seconds, counts, tuple(lap.phases for lap in laps))
 
 
 def cut_window(laps: Sequence[JobLap], stage: str) -> Window | None:
@@ -110,17 +109,32 @@ def cut_window(laps: Sequence[JobLap], stage: str) -> Window | None:
         return None
     floor = WARM_UP_LAPS[stage] if len(laps) > WARM_UP_LAPS[stage] else min(1, len(laps) - 1)
     choices = ((dropped, is_steady(laps[dropped:])) for dropped in range(floor, max(floor, len(laps) // 2) + 1))
-    dropped, steady = next((choice for choice in choices if choice[1] is not False), (floor, False))
+    enough = (choice for choice in choices if choice[1] or choice == (floor, None))
+    dropped, steady = next(enough, (floor, False))
     kept = laps[dropped:]
-    names = dict.fromkeys(name for lap in kept for name in lap.phases)
     seconds = tuple(lap.seconds_by_rank for lap in kept)
     return Window(
         steps_by_lap=tuple(lap.steps for lap in kept), seconds_by_lap=seconds,
         seconds_by_rank=tuple(map(sum, zip(*seconds, strict=True))), counts=summed_counts(kept),
-        phases={name: sum(lap.phases.get(name, 0.0) for lap in kept) for name in names},
-        phase_share=max((sum(lap.phases.values()) / lap.seconds for lap in kept if lap.seconds > 0), default=0.0),
+        phases_by_rank=tuple(map(_added, zip(*(lap.phases_by_rank for lap in kept), strict=True))), phase_share=_phase_share(kept),
         dropped=dropped, steady=steady, indicative=_why_indicative(kept, floor, stage),
     )  # fmt: skip
+
+
+def _added(phases: Sequence[dict[str, float]]) -> dict[str, float]:
+    """One rank's phases over some laps."""
+    names = dict.fromkeys(name for lap in phases for name in lap)
+    return {name: sum(lap.get(name, 0.0) for lap in phases) for name in names}
+
+
+def _phase_share(laps: Sequence[JobLap]) -> float:
+    shares = (
+        sum(phases.values()) / seconds
+        for lap in laps
+        for phases, seconds in zip(lap.phases_by_rank, lap.seconds_by_rank, strict=True)
+        if seconds > 0
+    )
+    return max(shares, default=0.0)
 
 
 def summed_counts(laps: Sequence[JobLap | Lap]) -> dict[str, int]:

@@ -39,19 +39,23 @@ def prompts_per_second(trial: Trial) -> float:
 
 @metric(title="prefill", unit="prompt tokens/s", direction="higher", source=PHASES, stages=("ppo",), clocked=True)
 def prefill_tokens_per_second(trial: Trial) -> float:
-    """Prompt tokens of all ranks over the seconds of rollout_prefill alone."""
+    """Prompt tokens of all ranks over the seconds of rollout_prefill alone, of its slowest rank."""
     return trial.total("prompt_tokens") / trial.in_phases("rollout_prefill")
 
 
 @metric(title="decode", unit="response tokens/s", direction="higher", source=PHASES, stages=("ppo",), clocked=True)
 def decode_tokens_per_second(trial: Trial) -> float:
-    """Response tokens of all ranks over the seconds of rollout_decode alone; the first token of each response comes from the prefill."""
+    """Response tokens of all ranks over the seconds of rollout_decode alone, of its slowest rank; the first token of each response comes
+    from the prefill.
+    """
     return trial.total("response_tokens") / trial.in_phases("rollout_decode")
 
 
 @metric(title="learning", unit="learned tokens/s", direction="higher", source=PHASES, stages=("ppo",), clocked=True)
 def learning_tokens_per_second(trial: Trial) -> float:
-    """Learned tokens of all ranks over the seconds of policy_learn and critic_learn alone, each PPO epoch counted."""
+    """Learned tokens of all ranks over the seconds of policy_learn and critic_learn alone, of their slowest rank; each PPO epoch
+    counted.
+    """
     return trial.total("learned_tokens") / trial.in_phases("policy_learn", "critic_learn")
 
 
@@ -66,7 +70,7 @@ def is_making(phase: str) -> bool:
 
 
 def phase_means(trial: Trial) -> dict[str, float]:
-    """Mean seconds per iteration of each phase over the window, slowest rank of each lap; NoValue where there are none."""
+    """Mean seconds per iteration of each phase over the window and the ranks; NoValue where there are none."""
     steps = trial.timed().steps
     return {name: seconds / steps for name, seconds in trial.phases.items()}
 
@@ -89,19 +93,19 @@ TIME_GATES.append(impossible_phases)
     clocked=True,
 )
 def make_experience_seconds(trial: Trial) -> float:
-    """Mean seconds per iteration of rollout, scoring and advantages: every phase but learning, synchronising and the rest."""
+    """Mean seconds per iteration and rank of rollout, scoring and advantages: every phase but learning, synchronising and the rest."""
     return sum(value for name, value in phase_means(trial).items() if is_making(name))
 
 
 @metric(title="learn", unit="s", direction="lower", source="Coati's learn; " + PHASES, stages=("ppo",), clocked=True)
 def learn_seconds(trial: Trial) -> float:
-    """Mean seconds per iteration of the updates of policy and critic."""
+    """Mean seconds per iteration and rank of the updates of policy and critic."""
     return sum(value for name, value in phase_means(trial).items() if is_learning(name))
 
 
 @metric(title="other", unit="s", direction="lower", source=PHASES, stages=("ppo",), clocked=True)
 def other_seconds(trial: Trial) -> float:
-    """Mean seconds per iteration that no phase accounts for."""
+    """Mean seconds per iteration and rank that no phase accounts for."""
     means = phase_means(trial)
     if OTHER not in means:
         raise NoValue("the phases have no residual")

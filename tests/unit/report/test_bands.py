@@ -160,6 +160,15 @@ def test_references_match_by_cell_and_device(tmp_path: Path) -> None:
     assert device_name(other.record) == "another card"
 
 
+def test_each_device_has_its_own_stored_trial(tmp_path: Path) -> None:
+    first = row_with(FALLING)
+    part = dataclasses.replace(first.record.parts[0], facts={"device_name": "another card"})
+    second = Row(dataclasses.replace(first.record, parts=[part]), CELL, "second.json")
+    for folder, row in (("a", first), ("b", second)):
+        write(tmp_path / folder / "suite" / "records", row.record)
+    assert judge_bands([first, second], read_references(tmp_path)).keys() == {first.file, second.file}
+
+
 def test_another_cpu_is_another_device() -> None:
     here = make_row(make_cell("sft", launcher="torchrun"))
     machine = here.record.provenance["machines"][0] | {"cpu": "another CPU"}

@@ -10,7 +10,8 @@ from bench.cell import Cell
 from bench.measure.shape import shape_of
 from bench.needs import needs
 from bench.peak_memory import moments, peak_moment
-from bench.report.inventory import Row, read_inventory
+from bench.report.bands import read_references
+from bench.report.inventory import Row
 from bench.report.metrics import Trial
 from tests.unit.report.trial_factory import GIB, make_cell, make_record
 
@@ -29,7 +30,7 @@ ROOM_FOR_FROZEN = "f952ad0f22b775e5e28093925c8c939a57c7a46c314045140d59e1650bf3f
 
 def measured_peaks() -> list[Row]:
     """Every stored trial whose allocator was read."""
-    rows = read_inventory(REFERENCES).rows
+    rows = read_references(REFERENCES)
     there = (row for row in rows if row.record.outcome == "ok" and Trial(row).values["peak_allocated_gib"].number)
     return [row for row in there if not has_room_for_frozen(row) and row.record.cell_id != GATHERED_TWICE]
 

@@ -98,7 +98,7 @@ def test_an_answer_says_that_others_ran_on_other_machines(tmp_path: Path) -> Non
         (answer,) = answers(read_analysis(write(tmp_path / folder / "records", *trials("naive"), *trials("ddp", boot=boot))))
         return answer.fastest_note
 
-    assert note("other", "two") == f"{note('same', 'one')}; others ran on other machines"
+    assert note("other", "two") == f"{note('same', 'one')}; on other machines: ddp"
 
 
 def test_a_machine_that_takes_part_on_both_sides_is_no_other_one(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from bench.record import Record
 from bench.report.analysis import Analysis, CellResult, read_analysis
 from bench.report.commands import report
 from bench.report.headline import answers, sentences
-from bench.report.metrics import METRICS
 from bench.report.page import make_page
+from bench.report.ranking import Leaders, ranked_sets
 from bench.report.tables import claim_cell, ratio_cell
 from tests.unit.report.trial_factory import make_cell, make_plan, make_record, write
 
@@ -71,9 +71,8 @@ def assert_never_ranked(analysis: Analysis, strategy: str) -> None:
     result = of(analysis, strategy)
     assert (result.verdict, result.comparison, result.ranked) == ("struck", None, False)
     assert (claim_cell(result).text, ratio_cell(result).text) == ("struck", "–")
-    for item in analysis.ranked_sets:
-        for name, highest in [(name, highest) for name in METRICS for highest in (True, False)]:
-            assert result not in item.leaders(name, highest=highest)
+    for item in ranked_sets(analysis.results):
+        assert result not in item.results
     for answer in answers(analysis):
         assert strategy not in f"{answer.fastest} {answer.leanest}"
     assert not [text for text in sentences(analysis) if "highest throughput" in text and strategy in text]
@@ -126,6 +125,58 @@ def test_a_struck_row_shows_in_the_report_with_a_dash_for_its_ratio(tmp_path: Pa
     lines = report(tmp_path / "suite", tmp_path / "out").markdown.read_text(encoding="utf-8").splitlines()
     [row] = [line for line in lines if line.startswith("| gemini") and "struck" in line]
     assert "10.0" not in row
+
+
+# -- who leads, and how far that is believed ---------------------------------------------------------------------
+
+
+def with_watts(record: Record, watts: float) -> Record:
+    machine = record.provenance["machines"][0] | {"devices": [{"power_limit_watts": watts}]}
+    return dataclasses.replace(record, provenance=record.provenance | {"machines": [machine]})
+
+
+def fastest(analysis: Analysis) -> Leaders:
+    [item] = ranked_sets(analysis.results)
+    assert item.fastest is not None
+    return item.fastest
+
+
+@pytest.mark.parametrize("with_naive", [True, False])
+def test_nobody_leads_over_what_ran_under_other_conditions(tmp_path: Path, with_naive: bool) -> None:
+    records = [with_watts(record, 700.0 if record.cell["strategy"] == "gemini" else 350.0) for record in suite()]
+    analysis = analysed(tmp_path, [record for record in records if with_naive or record.cell["strategy"] != "naive"])
+    leaders = fastest(analysis)
+    assert (leaders.results[0].cell.strategy, leaders.left_out) == ("naive" if with_naive else "ddp", ("gemini",))
+    assert "under other conditions: gemini" in next(text for text in sentences(analysis) if "highest throughput" in text)
+    assert "not ranked, under other conditions: gemini" in answers(analysis)[0].fastest_note
+
+
+def test_a_lead_is_backed_by_its_own_verdict_and_by_no_other(tmp_path: Path) -> None:
+    """gemini alone ran once, so what is said of zero2 backs nothing."""
+    assert fastest(analysed(tmp_path / "all", suite())).backed
+    once = [record for record in suite() if record.cell["strategy"] != "gemini" or record.trial == 0]
+    analysis = analysed(tmp_path / "once", once)
+    assert (of(analysis, "gemini").verdict, of(analysis, "zero2").verdict) == ("no claim (n=1)", "slower")
+    assert not fastest(analysis).backed
+    assert "highest throughput gemini (observed)" in next(text for text in sentences(analysis) if "highest throughput" in text)
+
+
+def test_naive_leads_for_certain_only_where_every_other_is_slower_or_equal(tmp_path: Path) -> None:
+    records = [record for record in suite() if record.cell["strategy"] in ("naive", "zero2")]
+    assert fastest(analysed(tmp_path / "slower", records)).backed
+    one = measured("ddp", 0, seconds=1.5)
+    analysis = analysed(tmp_path / "unknown", [*records, one])
+    assert (fastest(analysis).text, fastest(analysis).backed) == ("naive", False)
+
+
+def test_memory_is_ranked_by_a_figure_that_all_have(tmp_path: Path) -> None:
+    def unseen(record: Record) -> Record:
+        return dataclasses.replace(record, observed=record.observed | {"device_memory_peak_bytes": None})
+
+    records = [unseen(record) if record.cell["strategy"] == "zero2" else record for record in suite(without="gemini")]
+    [item] = ranked_sets(analysed(tmp_path, records).results)
+    assert item.leanest is not None
+    assert (item.leanest.metric, item.leanest.left_out) == ("peak_allocated_gib", ())
 
 
 # -- verdict, interval, number of pairs --------------------------------------------------------------------------

@@ -1,16 +1,18 @@
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import replace
 
 import pytest
 
 from bench.record import Lap
+from bench.report.inventory import Row
+from bench.report.metrics import Trial
 from bench.report.windows import JobLap, cut_window, is_steady, job_laps, theil_sen
 from tests.unit.report.trial_factory import make_cell, make_record
 
 
 def laps(*seconds: float, steps: int = 5) -> list[JobLap]:
-    return [JobLap(index * steps, steps, value, (value,), {"tokens": 10}, {}) for index, value in enumerate(seconds)]
+    return [JobLap(index * steps, steps, value, (value,), {"tokens": 10}, ({},)) for index, value in enumerate(seconds)]
 
 
 def test_five_laps_are_dropped_as_warm_up() -> None:
@@ -55,6 +57,34 @@ def test_a_series_that_never_settles_is_kept_whole_and_called_unsteady() -> None
     assert (window.dropped, window.steady) == (5, False)
 
 
+def test_laps_that_drift_are_unsteady_however_few_are_left_of_them() -> None:
+    """Dropping three of six would leave three, too few to test: no reason to believe in them."""
+    for count in (6, 7, 8):
+        window = cut_window(laps(*[10.0 + 2 * index for index in range(count)], steps=1), "ppo")
+        assert window is not None
+        assert (window.dropped, window.steady) == (2, False)
+
+
+def test_phases_are_known_of_each_rank() -> None:
+    """Ranks that wait for each other share a lap, not its phases: which was slower by a hair decides nothing."""
+    cell = make_cell("ppo", processes_per_node=2)
+    record = make_record(cell)
+    for slower in (0, 1):
+        parts = [replace(it, laps=[of_rank(lap, it.rank, hair=it.rank == slower) for lap in it.laps]) for it in record.parts]
+        trial = Trial(Row(replace(record, parts=parts), cell, "a"))
+        assert trial.window is not None
+        seconds = 10.0 * len(trial.window.steps_by_lap)
+        assert trial.in_phases("rollout_decode") == pytest.approx(0.6 * seconds)
+        assert trial.phases == pytest.approx({"rollout_decode": 0.4 * seconds, "policy_learn": 0.6 * seconds})
+        assert trial.window.phase_share == pytest.approx(1.0, rel=1e-3)
+
+
+def of_rank(lap: Lap, rank: int, *, hair: bool) -> Lap:
+    """A lap of 10 s, in which one rank decodes for 6 s and the other for 2."""
+    decode = (6.0, 2.0)[rank]
+    return replace(lap, seconds=10.001 if hair else 10.0, phases={"rollout_decode": decode, "policy_learn": 10.0 - decode})
+
+
 def test_a_long_window_is_publishable() -> None:
     window = cut_window(laps(*[10.0] * 12), "sft")
     assert window is not None
@@ -91,22 +121,22 @@ def test_work_is_summed_over_ranks_and_the_slowest_rank_sets_the_time() -> None:
 
 def test_ranks_that_see_the_same_tokens_count_once() -> None:
     record = make_record(make_cell("sft", "hybrid", nodes=2))
-    shared = [dataclasses.replace(part, facts={**part.facts, "data_parallel_rank": 0}) for part in record.parts]
-    lap = job_laps(dataclasses.replace(record, parts=shared))[0]
+    shared = [replace(part, facts={**part.facts, "data_parallel_rank": 0}) for part in record.parts]
+    lap = job_laps(replace(record, parts=shared))[0]
     assert lap.counts["loss_tokens"] == 4 * 5 * 60
 
 
 def test_a_rank_that_stopped_early_ends_the_common_laps() -> None:
     record = make_record(make_cell("sft", "ddp", nodes=2))
-    short = dataclasses.replace(record.parts[1], laps=record.parts[1].laps[:2])
-    assert len(job_laps(dataclasses.replace(record, parts=[record.parts[0], short]))) == 2
+    short = replace(record.parts[1], laps=record.parts[1].laps[:2])
+    assert len(job_laps(replace(record, parts=[record.parts[0], short]))) == 2
 
 
 def test_elapsed_is_that_of_the_slowest_rank_over_the_whole_window() -> None:
     first = [Lap(first_step=i * 5, steps=5, seconds=s, counts={"tokens": 1}) for i, s in enumerate((1.0, 3.0, 1.0))]
     second = [Lap(first_step=i * 5, steps=5, seconds=s, counts={"tokens": 1}) for i, s in enumerate((1.0, 1.0, 2.5))]
     record = make_record(make_cell("sft", "ddp", nodes=2))
-    parts = [dataclasses.replace(part, laps=own) for part, own in zip(record.parts, (first, second), strict=True)]
-    window = cut_window(job_laps(dataclasses.replace(record, parts=parts)), "sft")
+    parts = [replace(part, laps=own) for part, own in zip(record.parts, (first, second), strict=True)]
+    window = cut_window(job_laps(replace(record, parts=parts)), "sft")
     assert window is not None
     assert window.elapsed == 4.0
