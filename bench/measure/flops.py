@@ -152,17 +152,20 @@ def step_flops(cell: Cell, shape: Shape, counts: Mapping[str, float]) -> dict[st
     if cell.stage == "ppo":
         return _ppo_flops(cell, shape, counts)
     network = Network(shape=shape, scalar_head=cell.stage == "rm", lora_rank=cell.lora_rank)
-    return _training(cell, network, *_batch(network, counts))
+    return _training(cell, network, *_batch(network, counts, whole_head=cell.settings.pipeline_parallel > 1))
 
 
-def _batch(network: Network, counts: Mapping[str, float], prefix: str = "") -> tuple[Sequences, Sequences]:
-    """Sequences as their real tokens, and as they were padded; a language-model head computes only the positions that carry loss."""
+def _batch(network: Network, counts: Mapping[str, float], prefix: str = "", *, whole_head: bool = False) -> tuple[Sequences, Sequences]:
+    """Sequences as their real tokens, and as they were padded; a language-model head needs only the positions that carry loss.
+
+    `whole_head`: it computes all of the padded ones nevertheless, as the last stage of a pipeline does.
+    """
     count = counts[f"{prefix}sequences"]
     per_sequence = 1.0 / max(count, 1)
     heads = None if network.scalar_head else counts[f"{prefix}loss_tokens"] * per_sequence
     real, padded = (
-        Sequences(count=count, length=counts[f"{prefix}{unit}"] * per_sequence, head_positions=heads)
-        for unit in ("tokens", "padded_tokens")
+        Sequences(count=count, length=counts[f"{prefix}{unit}"] * per_sequence, head_positions=computed)
+        for unit, computed in (("tokens", heads), ("padded_tokens", None if whole_head else heads))
     )
     return real, padded
 

@@ -219,7 +219,8 @@ def _compare_speed(results: Sequence[CellResult]) -> None:
     for result in results:
         families[comparison_key(result.cell)].append(result)
     for members in families.values():
-        baseline = next((it for it in members if it.cell.strategy == BASELINE), None)
+        baselines = [it for it in members if it.cell.strategy == BASELINE]
+        baseline = next((it for it in baselines if it.ranked), baselines[0] if baselines else None)
         compared = []
         for result in members:
             result.verdict = _why_not(result, baseline)

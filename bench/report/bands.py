@@ -1,7 +1,7 @@
 """Reference bands: whether a trial repeats the stored records of the same cell on the same device. Rules: docs/metrics.md.
 
 A band is made from records, never written by hand: the curve of a trial is held to that of the stored trial with the same number
-(and so the same seed), its step time and memory to the median over all stored trials of the cell.
+(and so the same seed), its speed and memory to the median over all stored trials of the cell.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import numpy as np
 from bench.measure.conditions import conditions
 from bench.record import Record
 from bench.report.inventory import Row, read_inventory
-from bench.report.metrics import METRICS, Trial
-from bench.report.parity import compared_steps, deviations, losses
+from bench.report.metrics import METRICS, Trial, primary_metric
+from bench.report.parity import compared_steps, deviations, first_of_ppo, losses
 from bench.report.text import counted, number
 
 LEAST_CORRELATION = 0.95
@@ -51,7 +51,7 @@ class Band:
     curve: tuple[Check, ...]
     """Of the losses; none where no stored trial has this number."""
     costs: tuple[Check, ...]
-    """Of step time and memory; none where the clocks do not count."""
+    """Of speed and memory; none where the clocks do not count."""
 
     @property
     def checks(self) -> tuple[Check, ...]:
@@ -73,6 +73,11 @@ class Band:
         return f"outside the reference band: {'; '.join(outside)}" if outside else None
 
 
+def costs_of(stage: str) -> tuple[str, ...]:
+    """What a band holds beside the losses: the rate of the whole window, which stalls lower, the typical step, and memory."""
+    return (*COSTS, primary_metric(stage))
+
+
 class Reference:
     """The stored ok trials of one cell on one device."""
 
@@ -85,9 +90,9 @@ class Reference:
 
     @cached_property
     def costs(self) -> dict[str, list[float]]:
-        """Step time and memory of the stored trials whose clocks count."""
+        """Speed and memory of the stored trials whose clocks count."""
         trials = [trial for trial in map(Trial, self.rows) if trial.clock_problem is None]
-        values = {name: [trial.values[name].number for trial in trials] for name in COSTS}
+        values = {name: [trial.values[name].number for trial in trials] for name in costs_of(self.rows[0].cell.stage)}
         return {name: [value for value in found if value is not None] for name, found in values.items()}
 
 
@@ -129,7 +134,8 @@ def _identity(row: Row) -> tuple[str, str]:
 def band_verdict(row: Row, reference: Reference, trial: Trial | None = None) -> Band:
     """Compare one trial with its reference; `trial` where `row` has been summed up."""
     same, mine = reference.of_trial(row.record.trial), trial or Trial(row)
-    costs = [] if mine.clock_problem else [cost_check(name, mine.values[name].number, reference.costs[name]) for name in COSTS]
+    names = () if mine.clock_problem else costs_of(row.cell.stage)
+    costs = [cost_check(name, mine.values[name].number, reference.costs[name]) for name in names]
     return Band(
         reference=(same or reference.rows[0]).file, curve=tuple(curve_checks(row, same)) if same else (),
         costs=tuple(check for check in costs if check is not None),
@@ -137,16 +143,15 @@ def band_verdict(row: Row, reference: Reference, trial: Trial | None = None) -> 
 
 
 def cost_check(name: str, value: float | None, stored: Sequence[float]) -> Check | None:
-    """A step time or memory against the median of stored ones; None where one of them is not known."""
+    """A rate, step time or memory against the median of stored ones; None where one of them is not known."""
     if value is None or not stored:
         return None
     middle = median(stored)
     gap, item = value / middle - 1, METRICS[name]
     where = f"{abs(gap):.1%} {'above' if gap > 0 else 'below'} {number(middle)} of {counted(len(stored), 'record')}"
     state = "inside" if abs(gap) <= COST_SHARE else "outside"
-    return Check(
-        item.title, state, f"{number(value)} {item.unit}, {where}; allowed {COST_SHARE:.0%}", better=state == "outside" and gap < 0
-    )
+    better = state == "outside" and (gap > 0) == (item.direction == "higher")
+    return Check(item.title, state, f"{number(value)} {item.unit}, {where}; allowed {COST_SHARE:.0%}", better=better)
 
 
 # -- curves ------------------------------------------------------------------------------------------------------
@@ -161,7 +166,8 @@ def curve_checks(row: Row, reference: Row) -> list[Check]:
     if not mine or len(mine) != len(theirs):
         return [Check("curve", "outside" if mine and theirs else "undefined", f"{len(mine)} steps against {len(theirs)}")]
     if row.cell.stage == "ppo":
-        return [_first_iteration(row, deviations(mine, theirs, row.cell.stage))]
+        others = [Check("first iteration", "outside" if gap > most else "inside", text) for text, gap, most in first_of_ppo(row, reference)]
+        return [_first_iteration(row, deviations(mine, theirs, row.cell.stage)), *others]
     return [_correlation(mine, theirs), _pointwise(mine, theirs), _final(mine, theirs)]
 
 

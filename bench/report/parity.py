@@ -23,6 +23,12 @@ HALF_STEPS = 10
 NOTHING_TRAINED = "no token carried loss, so nothing was trained"
 PPO_SCALE = 1.0
 """The policy's loss begins near 0 (whitened advantages), so deviations of PPO are relative to at least the advantages' own scale."""
+PPO_FIRST = {"reward": PPO_SCALE, "value_loss": 0.0, "gradient_norm": 0.0, "critic_gradient_norm": 0.0}
+"""What else the first iteration of PPO must share, each with the least scale of its deviation.
+
+Beside the ptx loss the policy's own is next to nothing, and the critic's is no part of it."""
+PPO_FIRST_FP32, PPO_FIRST_HALF = 1e-3, 0.1
+"""How far: in 16 bits a token that rounding flips moves a short rollout's figures (8 % seen, of a critic's gradient norm)."""
 SAME_SPEED = ("global_batch", "scaling", "tensor_parallel", "pipeline_parallel")
 """Settings that a partner may have otherwise; the batch of a whole step stands for the first ones."""
 SAME_LOSS = (*SAME_SPEED, "precision", "launcher", "micro_batch", "lap_steps", "activation_checkpointing", "optimizer")
@@ -171,7 +177,23 @@ def _compare_curves(row: Row, partner: Row, half_first: float, known: dict[str, 
             else f"mean of {steps} steps deviates by {means[0]:.1e}"
         )
         return replace(result, state="struck", reason=f"{where}; allowed {curve_allowed:.0e}")
+    if other := next((text for text, gap, allowed in first_of_ppo(row, partner) if gap > allowed), None):
+        return replace(result, state="struck", reason=other)
     return result
+
+
+def first_of_ppo(row: Row, partner: Row) -> list[tuple[str, float, float]]:
+    """Of both trials' first iteration of PPO, each figure that both have: in words, its relative deviation, and how much is allowed."""
+    if row.cell.stage != "ppo" or row.record.lead is None or partner.record.lead is None:
+        return []
+    allowed = PPO_FIRST_FP32 if precision_of(row) == precision_of(partner) == "fp32" else PPO_FIRST_HALF
+    mine, theirs = row.record.lead.series, partner.record.lead.series
+    found = []
+    for name, least in PPO_FIRST.items():
+        if mine.get(name) and theirs.get(name):
+            gap = abs(mine[name][0] - theirs[name][0]) / max(abs(theirs[name][0]), least, 1e-12)
+            found.append((f"first {name.replace('_', ' ')} deviates by {gap:.1e}; allowed {allowed:.0e}", gap, allowed))
+    return found
 
 
 def compared_steps(stage: str, record: Record, *, exact: bool) -> int:

@@ -150,7 +150,8 @@ def _deviation_curves(analysis: Analysis, stage: str, results: Sequence[CellResu
     if panels:
         rest = " PPO is judged by the first iteration's steps only: later ones learn from sampled tokens." if stage == "ppo" else ""
         caption = (
-            f"Relative deviation of the loss from naive's, first trial, on a logarithmic axis; exact agreement is drawn at 1e-9.{rest}"
+            "Relative deviation of the loss from naive's, first trial that has a partner, on a logarithmic axis; exact agreement is drawn "
+            f"at 1e-9.{rest}"
         )
         yield Figure("Deviation from naive", caption, tuple(panels), _legend(analysis, shown))
 
@@ -163,12 +164,12 @@ def _limits(members: Iterable[CellResult]) -> list[tuple[float, str]]:
 
 
 def _gaps(analysis: Analysis, result: CellResult) -> list[float]:
-    parity = next((item for item in result.parities if item.partner), None)
-    if parity is None or parity.partner is None or not result.ok:
-        return []
-    partner = analysis.trials[parity.partner].record
-    gaps = deviations(losses(result.ok[0].record), losses(partner), result.cell.stage)
-    return [max(gap, LEAST_DEVIATION) for gap in gaps]
+    for file, trial in zip(result.files, result.trials, strict=True):
+        parity = analysis.parities.get(file)
+        if parity is not None and parity.partner is not None:
+            gaps = deviations(losses(trial.record), losses(analysis.trials[parity.partner].record), result.cell.stage)
+            return [max(gap, LEAST_DEVIATION) for gap in gaps]
+    return []
 
 
 def _ppo_curves(analysis: Analysis, stage: str, results: Sequence[CellResult]) -> Iterator[Figure]:
@@ -215,7 +216,7 @@ def _change(analysis: Analysis, result: CellResult, label: str, name: str) -> Ch
 
 def _metric_bars(analysis: Analysis, results: Sequence[CellResult], name: str) -> list[Panel]:
     panels = []
-    for heading, members in _facets([result for result in results if result.clock_problem is None]):
+    for heading, members in _facets([result for result in results if result.clock_problem is None and not result.struck]):
         bars = []
         for result in members:
             summary = result.summary(name)
@@ -241,7 +242,7 @@ def _speed_bars(analysis: Analysis, stage: str, results: Sequence[CellResult]) -
     if panels:
         yield Figure(
             "Throughput",
-            f"{METRICS[name].title.capitalize()}, median over trials; the table has the spread. Measured cells only.",
+            f"{METRICS[name].title.capitalize()}, median over trials; the table has the spread. Measured cells that are not struck.",
             tuple(panels),
         )
 
@@ -250,7 +251,9 @@ def _memory_bars(analysis: Analysis, _stage: str, results: Sequence[CellResult])
     name = memory_metric(results)
     panels = _metric_bars(analysis, results, name)
     if panels:
-        yield Figure("Memory", f"{METRICS[name].title.capitalize()}: {METRICS[name].explanation} Measured cells only.", tuple(panels))
+        yield Figure(
+            "Memory", f"{METRICS[name].title.capitalize()}: {METRICS[name].explanation} Measured cells that are not struck.", tuple(panels)
+        )
 
 
 def _phase_bars(_analysis: Analysis, stage: str, results: Sequence[CellResult]) -> Iterator[Figure]:

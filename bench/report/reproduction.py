@@ -16,6 +16,8 @@ from bench.report.repetition import repeat_of
 from bench.report.statistics import THRESHOLD
 from bench.report.text import number
 
+OUTCOME, WEIGHTS = "outcome", "initial weights"
+
 
 @dataclass(frozen=True, slots=True)
 class Reproduction:
@@ -24,15 +26,23 @@ class Reproduction:
     checks: tuple[Check, ...]
 
     @property
+    def compared(self) -> bool:
+        """Whether losses or times could be compared; of a trial that did not end well only the outcome can."""
+        found = [check.state for check in self.checks if check.name not in (OUTCOME, WEIGHTS)]
+        return not found or any(state != "undefined" for state in found)
+
+    @property
     def reproduced(self) -> bool:
-        """Whether nothing is outside."""
-        return all(check.state != "outside" for check in self.checks)
+        """Whether something could be compared, and nothing is outside."""
+        return self.compared and all(check.state != "outside" for check in self.checks)
 
     @property
     def text(self) -> str:
         """A line for each check, then the verdict."""
         lines = [f"  {check.name}: {check.state}; {check.text}" for check in self.checks]
-        return "\n".join([*lines, "reproduced" if self.reproduced else "not reproduced"])
+        outside = any(check.state == "outside" for check in self.checks)
+        verdict = "reproduced" if self.reproduced else "not reproduced" if outside else "not judged: nothing could be compared"
+        return "\n".join([*lines, verdict])
 
 
 def judge_reproduction(new: Row, old: Row, siblings: Sequence[Row]) -> Reproduction:
@@ -47,8 +57,8 @@ def judge_reproduction(new: Row, old: Row, siblings: Sequence[Row]) -> Reproduct
 def _outcome(new: Row, old: Row) -> Check:
     mine, theirs = new.record.outcome, old.record.outcome
     if mine == theirs:
-        return Check("outcome", "inside", mine)
-    return Check("outcome", "outside", f"{mine}, recorded is {theirs}: {new.record.reason or 'no reason recorded'}")
+        return Check(OUTCOME, "inside", mine)
+    return Check(OUTCOME, "outside", f"{mine}, recorded is {theirs}: {new.record.reason or 'no reason recorded'}")
 
 
 def _initial_weights(new: Row, old: Row) -> list[Check]:
@@ -56,7 +66,7 @@ def _initial_weights(new: Row, old: Row) -> list[Check]:
     if mine is None or theirs is None:
         return []
     same = mine == theirs
-    return [Check("initial weights", "inside" if same else "outside", "the same" if same else "others (sha256), so losses cannot agree")]
+    return [Check(WEIGHTS, "inside" if same else "outside", "the same" if same else "others (sha256), so losses cannot agree")]
 
 
 def _fact(row: Row, name: str) -> Any:

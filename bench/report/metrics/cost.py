@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from bench.report.metrics.speed import WINDOW
 from bench.report.registry import NoValue, Trial, metric
 from bench.report.windows import counting_parts
@@ -12,11 +14,21 @@ WHOLE = "NVML total energy counter over the whole trial, over the work of all it
 PRICE = "device-hours x `report --price`"
 
 
+def devices_of(trial: Trial) -> list[dict[str, Any]]:
+    """What was observed of each of the job's devices; NoValue where that is not one for each rank."""
+    observed, ranks = trial.record.observed, trial.cell.world_size
+    devices = observed.get("devices") or {}
+    if unseen := observed.get("nodes_without_telemetry"):
+        raise NoValue(f"no telemetry of node {', '.join(map(str, unseen))}")
+    if devices and len(devices) != ranks:
+        raise NoValue(f"devices that were read: {len(devices)}; the job has {ranks}")
+    return list(devices.values())
+
+
 @metric(title="energy", unit="J", direction="lower", source="NVML total energy counter, one reader per node", clocked=True)
 def energy_joules(trial: Trial) -> float:
     """Energy that the devices used over the whole trial, start and evaluation included."""
-    devices = trial.record.observed.get("devices")
-    found = [device.get("energy_joules") for device in devices.values() if isinstance(device, dict)] if isinstance(devices, dict) else []
+    found = [device.get("energy_joules") for device in devices_of(trial)]
     values = [float(value) for value in found if isinstance(value, (int, float))]
     if not values or len(values) < len(found):
         raise NoValue("no device counts its energy" if not values else "not every device counts its energy")
@@ -25,9 +37,8 @@ def energy_joules(trial: Trial) -> float:
 
 def window_energy(trial: Trial) -> float:
     """Joules of all devices over the timed window; NoValue where a lap's energy is not known."""
-    window, devices = trial.timed(), trial.record.observed.get("devices")
-    found = [device.get("laps_energy_joules") for device in devices.values()] if isinstance(devices, dict) else []
-    laps = len(trial.lead.laps)
+    window, laps = trial.timed(), len(trial.lead.laps)
+    found: list[Any] = [device.get("laps_energy_joules") for device in devices_of(trial)]
     if not found or any(not isinstance(energies, list) or len(energies) != laps for energies in found):
         raise NoValue("the energy of the laps was not recorded")
     joules = [energy for energies in found for energy in energies[window.dropped : window.dropped + len(window.steps_by_lap)]]

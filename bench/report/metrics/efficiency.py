@@ -88,6 +88,8 @@ def decode_mbu(trial: Trial) -> float:
     """Memory bandwidth utilisation of decoding: weights and key-value cache that every decode step must read, over what the memory could
     deliver in the time of rollout_decode at its peak bandwidth. A lower bound: written bytes and activations are left out.
     """
+    if trial.cell.settings.base_weights != "stored":
+        raise NoValue("what is read of weights in 8 or 4 bits, and written to unpack them, is not counted")
     row, seconds = measured_on(trial), trial.in_phases("rollout_decode")
     read = rollout_bytes(trial.cell, shape_in(trial), trial.timed().counts)
     return mbu(read, seconds, devices=trial.cell.world_size, bandwidth=row.bandwidth)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 from bench.measure.physics import impossible_numbers
 from bench.needs import needs
@@ -29,9 +30,12 @@ def peak_reserved_gib(trial: Trial) -> float:
 @metric(title="device memory", unit="GiB", direction="lower", source="NVML memory info, idle baseline subtracted", clocked=True)
 def device_memory_gib(trial: Trial) -> float:
     """What the driver saw used, polled from outside the training process, less the idle baseline; largest device. Torch misses the context
-    and NCCL's buffers, this does not.
+    and NCCL's buffers, this does not. Peak reserved where that is more: a peak between two readings, which the driver was not asked in.
     """
-    return _possible(_seen_by_driver(trial), card_bytes(trial))
+    seen = _seen_by_driver(trial)
+    with suppress(NoValue):
+        seen = max(seen, _reserved(trial))
+    return _possible(seen, card_bytes(trial))
 
 
 @metric(title="host peak", unit="GiB", direction="lower", source="/proc/self/status: VmHWM", clocked=True)

@@ -110,6 +110,18 @@ def test_times_outside_the_band_are_shown_and_do_not_strike() -> None:
     assert band.costs[0].text == "0.2000 s, 100.0% above 0.1000 of 1 record; allowed 5%"
 
 
+def test_stalls_that_the_typical_step_does_not_show_are_outside_by_the_rate() -> None:
+    stored = row_with(FALLING)
+    laps = [
+        dataclasses.replace(lap, seconds=lap.seconds * (1 if place % 3 else 3)) for place, lap in enumerate(stored.record.parts[0].laps)
+    ]
+    part = dataclasses.replace(stored.record.parts[0], laps=laps)
+    stalled = Row(dataclasses.replace(stored.record, parts=[part]), CELL, "stalled.json")
+    states = {check.name: (check.state, check.better) for check in band_verdict(stalled, Reference([stored])).costs}
+    assert states["step time"] == ("inside", False)
+    assert states["loss tokens/s"] == ("outside", False)
+
+
 def test_times_and_memory_are_held_to_the_median_of_all_stored_trials() -> None:
     """One stored trial was slow: against it alone 0.1 s would be outside."""
     stored = Reference([numbered(number, seconds) for number, seconds in enumerate((0.13, 0.1, 0.1))])
@@ -143,7 +155,8 @@ def test_of_ppo_the_first_iteration_is_judged() -> None:
     ):
         part = dataclasses.replace(good.record.parts[0], series=good.record.parts[0].series | {"loss": moved})
         row = Row(dataclasses.replace(good.record, parts=[part]), good.cell, good.file)
-        assert [(check.name, check.state) for check in band_verdict(row, Reference([good])).curve] == [("first iteration", state)]
+        first, *others = band_verdict(row, Reference([good])).curve
+        assert (first.name, first.state, {check.state for check in others}) == ("first iteration", state, {"inside"})
 
 
 def test_references_match_by_cell_and_device(tmp_path: Path) -> None:

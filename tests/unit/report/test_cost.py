@@ -80,7 +80,7 @@ def test_energy_that_is_unknown_in_the_warm_up_only_does_not_matter() -> None:
     ],
 )
 def test_no_counter_no_energy_and_a_reason(joules: tuple[float | None, ...], reason: str) -> None:
-    trial = trial_of(make_cell("sft", steps=50, **GPU), joules=joules)
+    trial = trial_of(make_cell("sft", "ddp", steps=50, processes_per_node=max(1, len(joules)), **GPU), joules=joules)
     assert trial.values["energy_joules"].reason == trial.values["trial_energy_per_1000_loss_tokens"].reason == reason
 
 

@@ -9,6 +9,8 @@ import pytest
 
 from bench.cell import Cell
 from bench.errors import UserError
+from bench.measure.flops import step_flops, total
+from bench.measure.shape import shape_of
 from bench.record import SIDE_BY_SIDE
 from bench.report.ceilings import ceilings_beside, read_ceilings
 from bench.report.inventory import Row
@@ -36,6 +38,16 @@ def number(trial: Trial, name: str) -> float:
     value = trial.values[name]
     assert value.number is not None, value.reason
     return value.number
+
+
+def test_the_last_stage_of_a_pipeline_computes_the_whole_head() -> None:
+    """60 of 120 padded positions carry loss."""
+    shape, counts = shape_of("bloom-560m"), {"sequences": 8, "tokens": 8 * 90, "padded_tokens": 8 * 120, "loss_tokens": 8 * 60}
+    assert shape is not None
+    cells = (make_cell("sft", "hybrid", processes_per_node=2, pipeline_parallel=stages, steps=50, **GPU) for stages in (1, 2))
+    windowed, whole = (total(step_flops(cell, shape, counts).values()) for cell in cells)
+    assert windowed.model == whole.model
+    assert whole.hardware - windowed.hardware == pytest.approx(8 * 6 * HEAD * (120 - 60))
 
 
 def test_mfu_by_hand() -> None:
@@ -182,6 +194,11 @@ def test_mbu_of_decoding_by_hand() -> None:
     weights = 2 * (LAYERS + HEAD)
     read = 63 * weights + 32 * CACHE * sum(64 + step for step in range(1, 64))
     assert number(trial_of(PPO, seconds=20.0), "decode_mbu") == pytest.approx(read / (0.38 * 20) / BANDWIDTH)
+
+
+def test_of_small_weights_nobody_knows_what_decoding_reads() -> None:
+    value = trial_of(make_cell("ppo", base_weights="int8", lora_rank=8, iterations=8, **GPU), seconds=20.0).values["decode_mbu"]
+    assert value.reason == "what is read of weights in 8 or 4 bits, and written to unpack them, is not counted"
 
 
 def test_learning_has_an_mfu_of_its_own() -> None:

@@ -90,10 +90,24 @@ def test_ppo_by_hand() -> None:
     assert number(trial, "final_kl") == pytest.approx(0.028)
 
 
-def test_energy_is_summed_over_devices() -> None:
+def test_a_peak_between_two_readings_of_the_driver_is_at_least_what_torch_held() -> None:
     trial = trial_of(make_cell("sft", **GPU))
-    record = dataclasses.replace(trial.record, observed={"devices": {"a": {"energy_joules": 2.0}, "b": {"energy_joules": 3.5}}})
-    assert number(Trial(Row(record, trial.cell, "a.json")), "energy_joules") == 5.5
+    observed = trial.record.observed | {"device_memory_peak_bytes": {"a": GIB}}
+    seen = Trial(Row(dataclasses.replace(trial.record, observed=observed), trial.cell, "a.json"))
+    assert number(seen, "device_memory_gib") == number(seen, "peak_reserved_gib") > 1
+
+
+def test_energy_is_summed_over_devices() -> None:
+    devices = {"a": {"energy_joules": 2.0}, "b": {"energy_joules": 3.5}}
+    trial = trial_of(make_cell("sft", "ddp", processes_per_node=2, **GPU))
+
+    def observed(**more: Any) -> Trial:
+        return Trial(Row(dataclasses.replace(trial.record, observed={"devices": devices} | more), trial.cell, "a.json"))
+
+    assert number(observed(), "energy_joules") == 5.5
+    assert observed(nodes_without_telemetry=[1]).values["energy_joules"].reason == "no telemetry of node 1"
+    one = observed(devices={"a": {"energy_joules": 2.0}})
+    assert one.values["energy_joules"].reason == "devices that were read: 1; the job has 2"
 
 
 def test_a_metric_without_data_has_a_reason_and_never_zero() -> None:

@@ -168,6 +168,24 @@ def test_ppo_is_judged_by_its_first_iteration_and_on_the_scale_of_advantages() -
     assert pair([1e-8, 0.011, *[0.5] * 6], naive, stage="ppo").state == "struck"
 
 
+@pytest.mark.parametrize(("precision", "near", "far"), [("fp32", 5e-4, 2e-3), ("bf16-master", 0.08, 0.15)])
+@pytest.mark.parametrize("name", ["value_loss", "gradient_norm", "critic_gradient_norm", "reward"])
+def test_of_ppo_what_the_loss_does_not_show_must_agree_too(name: str, precision: str, near: float, far: float) -> None:
+    """The ptx loss outweighs the policy's, and the critic's is in neither: equal losses alone say little."""
+
+    def first(strategy: str, value: float) -> Row:
+        row = make_row(make_cell("ppo", strategy, precision=precision))
+        part = row.record.parts[0]
+        part = dataclasses.replace(part, series=part.series | {name: [value, *[3.0] * 7]})
+        return Row(dataclasses.replace(row.record, parts=[part]), row.cell, f"{strategy}{value}")
+
+    for gap, state in ((0.0, "agrees"), (near, "agrees"), (far, "struck")):
+        mine, naive = first("zero2", 2.0 * (1 + gap)), first("naive", 2.0)
+        verdict = judge([mine, naive])[mine.file]
+        assert verdict.state == state, verdict
+        assert state == "agrees" or verdict.reason.startswith(f"first {name.replace('_', ' ')} deviates by")
+
+
 def halves(**first: float) -> dict[str, str]:
     """Verdicts of strategies in bf16 with these first losses; naive has 2.0."""
     rows = {

@@ -14,6 +14,7 @@ from bench.report.analysis import Analysis, CellResult, read_analysis
 from bench.report.commands import report
 from bench.report.headline import answers, sentences
 from bench.report.page import make_page
+from bench.report.plots import _gaps, stage_figures
 from bench.report.ranking import Leaders, ranked_sets
 from bench.report.tables import claim_cell, ratio_cell
 from tests.unit.report.trial_factory import make_cell, make_plan, make_record, write
@@ -177,6 +178,29 @@ def test_memory_is_ranked_by_a_figure_that_all_have(tmp_path: Path) -> None:
     [item] = ranked_sets(analysed(tmp_path, records).results)
     assert item.leanest is not None
     assert (item.leanest.metric, item.leanest.left_out) == ("peak_allocated_gib", ())
+
+
+# -- charts ------------------------------------------------------------------------------------------------------
+
+
+def test_a_struck_row_has_no_bar(tmp_path: Path) -> None:
+    records = [other_losses(record) if record.cell["strategy"] == "gemini" else record for record in suite()]
+    bars = [figure for figure in stage_figures(analysed(tmp_path, records), "sft") if figure.title in ("Throughput", "Memory")]
+    assert len(bars) == 2
+    for figure in bars:
+        text = "".join(str(panel) for panel in figure.panels)
+        assert "zero2" in text
+        assert "gemini" not in text
+
+
+def test_a_deviation_is_drawn_of_the_trial_that_has_a_partner(tmp_path: Path) -> None:
+    """Trial 0 of naive is missing, so trial 0 of ddp has nothing to deviate from."""
+    records = [record for record in suite() if record.cell["strategy"] in ("naive", "ddp")]
+    analysis = analysed(tmp_path, [record for record in records if (record.cell["strategy"], record.trial) != ("naive", 0)])
+    ddp = of(analysis, "ddp")
+    parity = analysis.parities[ddp.files[1]]
+    assert parity.largest is not None
+    assert max(_gaps(analysis, ddp)) <= max(parity.largest, 1e-9) * 10
 
 
 # -- verdict, interval, number of pairs --------------------------------------------------------------------------

@@ -91,3 +91,13 @@ def test_times_of_another_device_or_without_a_clock_are_not_compared() -> None:
 def test_nothing_outside_is_reproduced_and_one_outside_is_not() -> None:
     assert Reproduction((Check("a", "identical", ""), Check("b", "undefined", ""))).reproduced
     assert not Reproduction((Check("a", "inside", ""), Check("b", "outside", ""))).reproduced
+
+
+def test_where_nothing_can_be_compared_nothing_is_reproduced() -> None:
+    forked = row(launcher="fork")
+    part = dataclasses.replace(forked.record.parts[0], series={})
+    mute = Row(dataclasses.replace(forked.record, parts=[part]), forked.cell, forked.file)
+    verdict = judge_reproduction(mute, mute, [mute])
+    assert {check.name: check.state for check in verdict.checks}["losses"] == "undefined"
+    assert not verdict.reproduced
+    assert verdict.text.endswith("\nnot judged: nothing could be compared")
