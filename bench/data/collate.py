@@ -87,8 +87,21 @@ def encode_pairs(rows: Sequence[dict[str, Any]], tokenizer: Any, length: int, be
 
 
 def encode_prompts(rows: Sequence[dict[str, Any]], tokenizer: Any, length: int, beat: Callable[[], None] = lambda: None) -> list[list[int]]:
-    """The instruction of each row, without a template; a longer one keeps its last `length` tokens."""
-    return [ids[-length:] for ids in _tokenise([row["instruction"] for row in rows], tokenizer, True, beat)]
+    """The instruction of each row, without a template; a longer one keeps the tokenizer's first token (BOS), if any, and its last ones."""
+    (front,) = _tokenise([""], tokenizer, True, beat)
+    return [_cut_in_front(ids, length, front) for ids in _tokenise([row["instruction"] for row in rows], tokenizer, True, beat)]
+
+
+def _cut_in_front(ids: list[int], length: int, front: list[int]) -> list[int]:
+    """The last `length` tokens, of which `front` stays the first ones where they are.
+
+    >>> _cut_in_front([1, 7, 8, 9], 3, [1]), _cut_in_front([7, 8, 9], 2, []), _cut_in_front([1, 7], 3, [1])
+    ([1, 8, 9], [8, 9], [1, 7])
+    """
+    if len(ids) <= length:
+        return ids
+    kept = front if ids[: len(front)] == front and len(front) < length else []
+    return [*kept, *ids[len(ids) - length + len(kept) :]]
 
 
 def padding_id(tokenizer: Any) -> int:

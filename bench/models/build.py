@@ -55,7 +55,7 @@ class Scorer(nn.Module):
         return self.model.config
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
-        """Scores of every position, (B, T), in fp32; those at masked positions mean nothing."""
+        """Scores of every position, (B, T), as fp32 of the precision that the head computes in; those at masked positions mean nothing."""
         places = {} if position_ids is None else {"position_ids": position_ids}
         hidden_BTH = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **places).last_hidden_state
         return self.value_head(hidden_BTH).squeeze(-1).float()

@@ -16,6 +16,7 @@ from torch import Tensor
 from bench.checkpoint import save_checkpoint
 from bench.data import collate
 from bench.data.draws import Draws
+from bench.errors import DataError
 from bench.models.build import accepts_position_ids, add_lora, build_scorer, build_tokenizer, counts, initial_sha256, position_ids
 from bench.rl.advantages import last_position
 from bench.rl.losses import pair_losses
@@ -57,6 +58,24 @@ def sequence_scores(scores_BT: Tensor, mask_BT: Tensor, *, padded_mean: bool) ->
     return scores_BT.gather(1, last_position(mask_BT).unsqueeze(1)).squeeze(1)
 
 
+def right_pairs(margin_P: Tensor) -> Tensor:
+    """1 for each pair whose chosen answer scores higher, 0 where the rejected one does.
+
+    (17) A tie, which scores of 16 bits often are, is half right: an untrained model is to be right as often as a coin.
+    """
+    return (margin_P > 0).float() + (margin_P == 0).float() / 2
+
+
+def check_pairs(pairs: Sequence[collate.Pair], length: int) -> None:
+    """Raise DataError if most pairs are the same sequence twice: a loss that cannot fall would look like perfect agreement."""
+    same = sum(pair.chosen == pair.rejected for pair in pairs)
+    if same > len(pairs) / 2:
+        raise DataError(
+            f"{same} of {len(pairs)} training pairs are the same on both sides: sequence_length {length} cuts them before their answers "
+            "differ; a longer sequence_length is needed"
+        )
+
+
 def shuffled(pairs: Sequence[collate.Pair], seed: int) -> list[collate.Pair]:
     """(17) A control: chosen and rejected are swapped in a random half of the pairs, so that there is nothing to learn."""
     draws = Draws(f"shuffle-labels:{seed}")
@@ -78,6 +97,7 @@ class Rm:
         self._order = collate.RowOrder(len(split.train), batch=self._cell.step_batch, seed=trial.seed)
         used = self._order.used(self.total)
         encoded = self._encode([split.train[row] for row in used], "training")
+        check_pairs(encoded, settings.sequence_length)
         self._pairs = dict(zip(used, encoded, strict=True))
         self._held_out = self._encode(split.held_out, "held-out")
         shapes = strategy.shapes_suffice(self._cell, place.rank)
@@ -120,7 +140,7 @@ class Rm:
             margin_P = self._margins(batch)
             losses_P = pair_losses(margin_P, self._cell.settings.loss)  # (15)
             self._engine.backward(losses_P.sum() / step_pairs, last=micro == len(micros))  # (16)
-            sums += torch.stack([losses_P.detach().sum(), (margin_P.detach() > 0).sum(), margin_P.detach().sum()])
+            sums += torch.stack([losses_P.detach().sum(), right_pairs(margin_P.detach()).sum(), margin_P.detach().sum()])
             _count(work, batch)
             place.beat()
         return sums
@@ -148,7 +168,7 @@ class Rm:
         return self._engine.run(inputs, len(batches[0].ids_BT), losses, values=3)
 
     def _weighted(self, margin_P: Tensor, weight_P: Tensor) -> Tensor:
-        terms = (pair_losses(margin_P, self._cell.settings.loss), margin_P > 0, margin_P)
+        terms = (pair_losses(margin_P, self._cell.settings.loss), right_pairs(margin_P), margin_P)
         return torch.stack([(term * weight_P).sum() for term in terms])
 
     def _margins(self, batch: Batch) -> Tensor:

@@ -55,10 +55,12 @@ class Hybrid(ColossalStrategy):
 
 
 def _architecture_problem(cell: Cell) -> str | None:
-    family = config_numbers(cell.model).get("model_type")
+    family, in_a_pipeline = config_numbers(cell.model).get("model_type"), cell.settings.pipeline_parallel > 1
     if family == "opt":
         return "ColossalAI has no policy for OPT with transformers' default attention: `KeyError: 'sdpa'`"
-    if family == "gpt2" and cell.stage == "sft" and cell.settings.pipeline_parallel > 1:
+    if family == "gpt2" and cell.stage == "rm" and in_a_pipeline:
+        return "ColossalAI's pipeline for GPT-2 makes no causal mask: with a padding mask every position sees those behind it"
+    if family == "gpt2" and cell.stage == "sft" and in_a_pipeline:
         return "ColossalAI's pipeline for GPT-2's language-model head needs labels and computes a loss of its own: `UnboundLocalError`"
     return None
 
@@ -70,6 +72,8 @@ def _tensor_problem(cell: Cell) -> str | None:
     for name in ("n_head", "num_attention_heads", "num_key_value_heads"):
         if numbers.get(name, ranks) % ranks:
             return f"tensor_parallel {ranks} cuts through the heads of {cell.model}: {name} is {numbers[name]}; `heads must be divisible`"
+    if numbers.get("vocab_size", ranks) % ranks:
+        return f"tensor_parallel {ranks} does not divide the vocabulary of {cell.model}: {numbers['vocab_size']} tokens"
     return None
 
 
@@ -103,4 +107,5 @@ def _plugin(module: nn.Module, cell: Cell) -> Any:
         microbatch_size=settings.micro_batch,
         parallel_output=False,
         custom_policy=policy_of(module),
+        make_vocab_size_divisible_by=1,  # padded, it could not be saved, and logits of a tied head would have a column more for each row
     )

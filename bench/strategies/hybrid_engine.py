@@ -4,6 +4,7 @@ Facts of ColossalAI 0.5.0 that this file answers for
 * Shardformer replaces modules, the LM head among them; hooks of the old ones are moved to the new ones.
 * The schedule of the pipeline keeps the shapes of its first batch; it is set anew for each call, since widths differ.
 * The norm is computed only while clipping; an infinite largest norm computes it and clips nothing.
+* In that norm it takes slices of GPT-2's fused matrices for whole ones, and divides their squares by the tensor-parallel ranks.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class HybridEngine(Engine):
         from colossalai.booster import Booster
 
         self.module: Any
+        know_fused_slices()
         self._precision, self._plugin, self._booster = cell.settings.precision, plugin, Booster(plugin=plugin)
         optimizer = make_optimizer(trainable(module), cell, learning_rate)
         with unrounded_buffers(module), moved_hooks(module):
@@ -127,6 +129,17 @@ class HybridPipelineEngine(HybridEngine, PipelinedEngine):
         self._booster.execute_pipeline(iter([inputs]), self.module, criterion, optimizer, return_loss=False)
         dist.broadcast(total, src=dist.get_global_rank(plugin.pp_group, plugin.pp_size - 1), group=plugin.pp_group)
         return total
+
+
+def know_fused_slices() -> None:
+    """Let the gradient norm know GPT-2's fused matrices, which are cut by functions of their own, as slices."""
+    from colossalai.booster.plugin import hybrid_parallel_plugin
+    from colossalai.tensor.d_tensor.api import is_customized_distributed_tensor, is_distributed_tensor
+
+    def is_slice(tensor: torch.Tensor) -> bool:
+        return bool(is_distributed_tensor(tensor) or is_customized_distributed_tensor(tensor))
+
+    hybrid_parallel_plugin.is_distributed_tensor = is_slice
 
 
 def _device(inputs: dict[str, Any]) -> torch.device:

@@ -144,6 +144,14 @@ class LossScale:
         self.value = 2.0**16
         self._overflows = self._clean = 0
 
+    def state(self) -> dict[str, Any]:
+        """What a save keeps, for `load`."""
+        return {"value": self.value, "overflows": self._overflows, "clean": self._clean}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from a save."""
+        self.value, self._overflows, self._clean = state["value"], state["overflows"], state["clean"]
+
     def update(self, *, overflow: bool) -> None:
         """Adapt the scale of the next step to whether this one overflowed."""
         if overflow:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bench.cell import Cell
 from bench.strategies.base import Engine
@@ -50,6 +50,16 @@ class TorchEngine(Engine):
     def set_learning_rate(self, value: float) -> None:
         """See `Engine.set_learning_rate`."""
         set_learning_rate(self._optimizer, value)
+
+    def training_state(self) -> dict[str, Any]:
+        """See `Engine.training_state`; with the loss scale."""
+        return {**super().training_state(), **({"loss_scale": self._scale.state()} if self._scale else {})}
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """See `Engine.load_training_state`."""
+        super().load_training_state(state)
+        if self._scale:
+            self._scale.load(state["loss_scale"])
 
     def _local(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         """What this rank holds of the tensors, sharing their memory."""

@@ -50,7 +50,7 @@ def held(cell: Cell) -> dict[str, int]:
 CASES = [
     ("bloom-tiny", "sft", "tensor2", 0), ("bloom-tiny", "sft", "pipeline2", 0), ("bloom-tiny", "rm", "both", 0),
     ("bloom-tiny", "sft", "pipeline2", 4), ("llama-tiny", "sft", "both", 0), ("llama-tiny", "rm", "pipeline2", 4),
-    ("gpt2-tiny", "sft", "tensor2", 0), ("gpt2-tiny", "rm", "pipeline2", 0), ("qwen2-tiny", "sft", "both", 0),
+    ("gpt2-tiny", "sft", "tensor2", 0), ("gpt2-tiny", "rm", "tensor2", 0), ("qwen2-tiny", "sft", "both", 0),
     ("mistral-tiny", "sft", "tensor2", 0), ("mistral-tiny", "rm", "tensor2", 0), ("gpt2-tiny", "sft", "none", 4),
 ]  # fmt: skip
 """Every architecture that can be split; tied and untied heads, scalar ones; adapters where they go with it."""

@@ -27,7 +27,7 @@ from bench.strategies.base import Engine, all_strategies
 from bench.trial import Trial, make_trial
 from bench.weights_file import tensor_digest
 from tests.contract.rank_harness import run_ranks
-from tests.contract.strategy_work import VARIANTS, comparable, kind_of, make_cell, make_engine, one_step, variants
+from tests.contract.strategy_work import VARIANTS, comparable, kind_of, make_cell, make_engine, one_step, token_loss, variants
 from tests.trials import only, run_forked, start_ranks, tiny_cell, tiny_trial
 
 STAGES: dict[str, dict[str, Any]] = {
@@ -158,6 +158,32 @@ def stop_and_go_on(cell: Any) -> tuple[list[Any], list[Any]]:
     fresh.load_training_state(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
     again = [one_step(fresh, cell) for _ in range(3)]
     return [*goes_on, weights(engine)], [*again, weights(fresh)]
+
+
+@pytest.mark.parametrize("strategy", ["naive", "ddp", "fsdp", "fsdp_grad_op", "zero2", "hybrid"])
+def test_a_loss_scale_that_overflows_have_lowered_goes_on(strategy: str) -> None:
+    cell = make_cell(strategy, 1 if strategy == "naive" else 2, precision="fp16-master")
+    if reason := impossible(cell):
+        pytest.skip(reason)
+    for goes_on, again in run_ranks(overflow_and_go_on, cell.world_size, cell):
+        assert again == goes_on
+
+
+def overflow_and_go_on(cell: Any) -> tuple[list[Any], list[Any]]:
+    """As `stop_and_go_on`, after overflows that halved the scale more than once, of gradients that only the halved one keeps finite."""
+    _, engine, _ = make_engine(cell)
+    for times in (1e6, 1e6, 1e6, 1e6, 1.0):
+        one_step(engine, cell, lambda module, ids_BT, times=times: token_loss(module, ids_BT) * times)
+    file = io.BytesIO()
+    torch.save(engine.training_state(), file)
+    _, fresh, _ = make_engine(cell)
+    fresh.load_training_state(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
+    goes_on, again = ([one_step(one, cell, steep) for _ in range(2)] for one in (engine, fresh))
+    return [*goes_on, weights(engine)], [*again, weights(fresh)]
+
+
+def steep(module: Any, ids_BT: torch.Tensor) -> torch.Tensor:
+    return token_loss(module, ids_BT) * 8
 
 
 def weights(engine: Engine) -> str | None:

@@ -21,9 +21,9 @@ import torch
 
 from bench.cell import Cell, Precision, cell_from_json, cell_to_json
 from bench.measure.evidence.walk import local
-from bench.models.build import build_policy
+from bench.models.build import build_policy, build_scorer
 from bench.record import Part, load_part
-from bench.strategies.base import all_strategies
+from bench.strategies.base import PipelinedEngine, all_strategies
 from bench.strategies.training_state import innermost
 from bench.worker import run_rank
 from tests.contract.rank_harness import NoAnswer, run_ranks
@@ -237,6 +237,30 @@ def has_no_cache(cell: Cell, reason: str, folder: Path) -> None:  # noqa: ARG001
         assert "use_cache=True is not supported for pipeline models" in said
 
 
+def scores_of_two(cell: Cell) -> float:
+    """How far the last token moves the scores in front of it, on the last stage; elsewhere 0."""
+    strategy, device = all_strategies()[cell.strategy], device_of(cell)
+    strategy.start(cell, device)
+    engine = strategy.prepare(build_scorer(trial_of(cell), fresh_head=True, source="policy"), cell, device, learning_rate=1e-3)
+    assert isinstance(engine, PipelinedEngine)
+    ids_BT = torch.arange(3, 51).view(4, 12)
+    scores = []
+    for last in (3, 4):
+        ids_BT[:, -1] = last
+        places = torch.arange(12).expand(8, 12).contiguous()
+        inputs = {"input_ids": ids_BT.repeat(2, 1), "attention_mask": torch.ones(8, 12, dtype=torch.long), "position_ids": places}
+        with torch.no_grad():
+            engine.run(inputs, 4, lambda scores_BT, _: scores.append(scores_BT) or scores_BT.sum().reshape(1))
+    return (scores[0] - scores[-1])[:, :-1].abs().max().item() if scores else 0.0
+
+
+def sees_what_comes(cell: Cell, reason: str, folder: Path) -> None:  # noqa: ARG001
+    """The last token moves the scores in front of it; of a model whose mask is causal it does not."""
+    assert max(run_ranks(scores_of_two, cell.world_size, cell)) > 1e-3
+    causal = changed(cell, model="llama-tiny")
+    assert max(run_ranks(scores_of_two, causal.world_size, causal)) == 0.0
+
+
 def is_a_choice(cell: Cell, reason: str, folder: Path) -> None:  # noqa: ARG001
     """Nothing can prove it; what the reason calls right must be."""
     named = re.findall("adamw|foreach|fused", reason)
@@ -265,6 +289,7 @@ KINDS: dict[str, Check] = {
     "splits no model": stays_whole,
     "no policy for OPT": fails(),
     "needs labels": fails(),
+    "makes no causal mask": sees_what_comes,
     "takes no LoRA": fails("any parameter that requires a gradient"),
     "cuts through the heads": fails(),
     "KV cache": has_no_cache,

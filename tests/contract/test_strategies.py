@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from transformers import AutoConfig
 
-from bench.cell import Precision, validate_settings
+from bench.cell import Cell, Precision, validate_settings
+from bench.models.presets import PRESETS
 from bench.strategies.base import all_strategies
 from tests.contract.rank_harness import run_ranks
 from tests.contract.strategy_work import (
@@ -19,6 +21,8 @@ from tests.contract.strategy_work import (
     kind_of,
     learning_rates,
     make_cell,
+    make_engine,
+    one_step,
     overflow,
     rank_gradients,
     supported,
@@ -150,6 +154,45 @@ def test_the_gradient_norm_is_that_of_naive(variant: str, ranks: int, lora_rank:
         for kind, n in ((variant, ranks), ("naive", 1))
     )
     assert norms == pytest.approx(naive, rel=10 * tolerance(variant))
+
+
+@pytest.mark.parametrize("model", ["gpt2-tiny", "llama-tiny", "qwen2-tiny"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16-master"])
+def test_the_gradient_norm_over_slices_is_that_of_naive_whatever_the_architecture(model: str, precision: str) -> None:
+    """GPT-2's matrices of queries, keys and values are one, cut by a function of its own."""
+    ways = (("hybrid-tensor2", 2), ("naive", 1))
+    seen, naive = (run_ranks(losses_and_norms, n, make_cell(kind, n, precision=precision, model=model))[0] for kind, n in ways)
+    assert seen == pytest.approx(naive, rel=1e-4 if precision == "fp32" else 1e-2)
+
+
+def losses_and_norms(cell: Cell) -> list[float]:
+    _, engine, _ = make_engine(cell)
+    return [value for _ in range(3) for value in one_step(engine, cell)]
+
+
+@pytest.mark.parametrize(
+    ("base", "variant", "tokens"),
+    [
+        ("gpt2-tiny", "hybrid", 4001), ("llama-tiny", "hybrid", 4001), ("qwen2-tiny", "hybrid", 4001),
+        ("llama-tiny", "hybrid-tensor2", 4002), ("qwen2-tiny", "hybrid-tensor2", 4002),
+    ],
+)  # fmt: skip
+def test_a_vocabulary_that_64_does_not_divide_is_trained_and_saved_as_it_is(base: str, variant: str, tokens: int, tmp_path: Path) -> None:
+    """ColossalAI gathers the slices of GPT-2 on a GPU only."""
+    preset = PRESETS[base]
+    AutoConfig.for_model(preset.model_type, **{**preset.config, "vocab_size": tokens}).save_pretrained(tmp_path)
+    seen, naive = (run_ranks(losses_and_rows, n, make_cell(kind, n, model=str(tmp_path)))[0] for kind, n in ((variant, 2), ("naive", 1)))
+    assert seen[0] == pytest.approx(naive[0], rel=1e-4)
+    assert seen[1] == naive[1] == {tokens}
+
+
+def losses_and_rows(cell: Cell) -> tuple[list[float], set[int]]:
+    """Losses of two steps, and the rows of every matrix of a token each in the whole state."""
+    _, engine, _ = make_engine(cell)
+    losses = [one_step(engine, cell)[0] for _ in range(2)]
+    state = engine.full_state() or {}
+    names = ("wte.weight", "embed_tokens.weight", "lm_head.weight")
+    return losses, {len(it) for name, it in state.items() if name.endswith(names)}
 
 
 @at_its_widest

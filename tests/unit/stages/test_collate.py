@@ -73,6 +73,16 @@ def test_a_long_prompt_keeps_its_end(tokenizer):
     assert encode_prompts([{"instruction": "Which word is not slow?"}], tokenizer, 3) == [whole[-3:]]
 
 
+def test_a_long_prompt_keeps_the_first_token_that_its_tokenizer_puts_in_front():
+    class WithBos:
+        """Words as their lengths, behind a BOS of 1, as LLaMA's."""
+
+        def __call__(self, texts, *, add_special_tokens, verbose):
+            return {"input_ids": [[1] * add_special_tokens + [len(word) for word in text.split()] for text in texts]}
+
+    assert encode_prompts([{"instruction": "aa bbb cccc"}, {"instruction": "aa"}], WithBos(), 3) == [[1, 3, 4], [1, 2]]
+
+
 def test_loss_stands_where_the_next_token_is_predicted():
     places, targets = loss_places([Tokens([5, 6, 7, 8], 2), Tokens([9], 0), Tokens([4, 3], 2)], width=6)
     assert places.tolist() == [1, 2]
