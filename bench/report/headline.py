@@ -6,19 +6,23 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from statistics import median
 
 from bench.cell import Cell
-from bench.differences import titled
+from bench.differences import IDENTITY, settings_of, titled, told_apart
 from bench.report.analysis import Analysis, CellResult
 from bench.report.metrics import METRICS, primary_metric
 from bench.report.parity import NOTHING_TRAINED, compared
 from bench.report.ranking import Leaders, RankedSet, ranked_sets
+from bench.report.scaling import KINDS, scaled
 from bench.report.statistics import Summary
 from bench.report.text import DASH, counted, listed, lora, number, ratio, shape, spread
 from bench.stages.base import SPECS
 
 MOST_FAILING = 4
 """Strategies with failed trials that the headline names."""
+MOST_SCALING = 3
+"""Strategies whose scaling the headline names."""
 MOST_OUTSIDE = 3
 """Cells outside the reference band that the headline names."""
 
@@ -75,8 +79,11 @@ def _what_ran(analysis: Analysis) -> str:
 
 
 def _of_strategies(analysis: Analysis, outcome: str) -> str:
-    """Whose trials ended so; the first ones by name, the others counted."""
-    found = list(dict.fromkeys(result.cell.strategy for result in analysis.results if outcome in result.outcomes))
+    """Whose trials ended so, with what tells them from other cells of the strategy; the first ones by name, the others counted."""
+    cells = [result.cell for result in analysis.results]
+    told = told_apart([settings_of(cell) for cell in cells], [tuple(getattr(cell, name) for name in IDENTITY) for cell in cells])
+    failing = [(result.cell.strategy, apart) for result, apart in zip(analysis.results, told, strict=True) if outcome in result.outcomes]
+    found = list(dict.fromkeys(f"{name} [{apart}]" if apart else name for name, apart in failing))
     rest = len(found) - MOST_FAILING
     return listed([*found[:MOST_FAILING], f"{rest} more"] if rest > 1 else found)
 
@@ -164,6 +171,23 @@ def _speed(analysis: Analysis) -> Iterator[str]:
     for stage in analysis.stages:
         if sentence := _stage_sentence(stage, [item for item in sets if item.cell.stage == stage]):
             yield sentence
+        yield from _scaling(analysis, stage)
+
+
+def _scaling(analysis: Analysis, stage: str) -> Iterator[str]:
+    """How well the strategies scale from one rank to the most that ran, the best ones by name."""
+    results = analysis.of_stage(stage)
+    for kind in KINDS:
+        efficient = [(result, it) for result in results if (it := scaled(result, results, kind)).efficiencies]
+        most = max((result.cell.world_size for result, _ in efficient), default=0)
+        found = [(median(it.efficiencies.values()), result, it) for result, it in efficient if result.cell.world_size == most]
+        shown = sorted(found, key=lambda item: -item[0])[:MOST_SCALING]
+        rest = [f"{len(found) - MOST_SCALING} lower"] if len(found) > MOST_SCALING else []
+        if shown:
+            words = listed([f"{result.cell.strategy} {ratio(value)}" for value, result, _ in shown] + rest)
+            notes = [f"n = {min(len(it.efficiencies) for *_, it in shown)}"]
+            notes += ["one rank ran on other machines"] * any(it.other_machines for *_, it in shown)
+            yield f"{SPECS[stage].title}, {kind} scaling efficiency on {most} ranks: {words} ({'; '.join(notes)})."
 
 
 def _stage_sentence(stage: str, sets: list[RankedSet]) -> str:

@@ -13,6 +13,7 @@ from bench.record import Record
 from bench.report.analysis import Analysis, read_analysis
 from bench.report.commands import report
 from bench.report.detail_tables import Detail
+from bench.report.headline import sentences
 from bench.report.scaling import TITLE, scaled, scaling_tables
 from tests.unit.report.trial_factory import make_cell, make_record, write
 
@@ -62,6 +63,13 @@ def test_half_the_time_on_two_ranks_is_a_strong_efficiency_of_one(tmp_path: Path
         ["–", "2.000"],
         ["–", "1.000"],
     )
+
+
+def test_the_headline_says_how_well_it_scales(tmp_path: Path) -> None:
+    found = analysis_of(tmp_path, *paced("sft", ranks=1, seconds=8.0, trials=2), *paced("sft", ranks=2, seconds=5.0, trials=2))
+    assert [text for text in sentences(found) if "scaling" in text] == [
+        "Supervised fine-tuning, strong scaling efficiency on 2 ranks: ddp 0.800 (n = 2)."
+    ]
 
 
 def test_the_same_time_on_two_ranks_for_the_same_batch_is_half(tmp_path: Path) -> None:
