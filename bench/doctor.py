@@ -23,6 +23,8 @@ from bench.measure.machine_file import ceilings_folder
 from bench.measure.nvml import all_devices, visible
 from bench.measure.provenance import SOURCE_TREE
 from bench.record import write_json
+from bench.strategies.base import all_strategies
+from bench.strategies.requirement import Requirement
 
 GIB = 1 << 30
 QUICK_MEMORY, QUICK_DISK = 4 * GIB, 1 * GIB
@@ -104,6 +106,7 @@ def abilities(host: Host) -> list[Ability]:
         Ability(name="one CUDA device (the reference suites)", needs=[*_base(host), *_cuda(host, 1)]),
         Ability(name="several CUDA devices of this machine", needs=[*_base(host), *_cuda(host, 2), *_shared_memory(host)]),
         Ability(name="ColossalAI's own kernels on CUDA (gemini, optimizer hybrid)", needs=[*_cuda(host, 1), *_kernels(host)]),
+        Ability(name=f"strategies that are extras ({', '.join(_of_extras())})", needs=_extras(host)),
         Ability(
             name="tests of the report in a browser", needs=[] if host.programs["chromium"] else ["chromium (Debian: apt install chromium)"]
         ),
@@ -147,6 +150,16 @@ def _kernels(host: Host) -> list[str]:
     elif (cuda := host.versions.get("cuda")) and cuda.split(".")[0] != host.nvcc.split(".")[0]:
         needs.append(f"nvcc of CUDA {cuda}, as torch was built with; seen: {host.nvcc}")
     return needs + [f"{name} on the PATH" for name in ("c++ compiler", "ninja") if host.programs[name] is None]
+
+
+def _of_extras() -> dict[str, Requirement]:
+    """Strategy -> the optional package that it needs."""
+    return {name: item for name, kind in sorted(all_strategies().items()) for item in kind.requires if item.extra}
+
+
+def _extras(host: Host) -> list[str]:
+    absent = dict.fromkeys(item for item in _of_extras().values() if not host.versions.get(item.package))
+    return [f"{item.package} {item.at_least} or newer (make install-{item.extra})" for item in absent]
 
 
 def _seen(host: Host) -> list[str]:

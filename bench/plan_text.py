@@ -65,7 +65,7 @@ def _stage_table(stage: str, cells: list[Cell]) -> Table:
         "precision",
         "batch = micro x ranks x accumulation",
         "launcher",
-        "LoRA: states / peak of fullest rank",
+        "LoRA: states (host's too) / device peak of fullest rank",
     ):
         table.add_column(column)
     looks = [_row(cell) for cell in cells]

@@ -460,7 +460,7 @@ def classify(error: BaseException, phase: str, step: int) -> Ending:
         return Ending(outcome="diverged" if isinstance(error, Diverged) else "invalid", code=EXIT_OK, reason=str(error))
     if is_out_of_memory(error):
         requested = requested_bytes(str(error))
-        asked = "an unknown number of bytes" if requested is None else f"{requested} bytes"
+        asked = "an unknown amount" if requested is None else f"{requested / 2**30:.2f} GiB"
         return Ending(outcome="oom", code=EXIT_OOM, reason=f"out of memory in phase {phase} at step {step}: {asked} requested")
     text = str(error) if isinstance(error, BenchError) else f"{type(error).__name__}: {error}"
     return Ending(outcome="error", code=EXIT_ERROR, reason=" ".join(text.split())[:2000])

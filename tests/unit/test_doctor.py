@@ -19,7 +19,8 @@ from bench.measure.kernels import HYBRID_ADAM
 DEVICE = {"name": "NVIDIA H100 80GB HBM3", "memory_bytes": 80 * GIB, "driver": "580.1"}
 FULL = Host(
     versions={"python": "3.11.7", "torch": "2.11.0+cu130", "cuda": "13.0", "transformers": "4.51.3", "peft": "0.13.2",
-              "colossalai": "0.5.0", "snakemake": "9.27.1"},
+              "colossalai": "0.5.0", "snakemake": "9.27.1",
+              "deepspeed": "0.19.8", "lightning-fabric": "2.6.6"},
     cores=16, memory_bytes=128 * GIB, memory_available_bytes=120 * GIB, shared_memory_free_bytes=64 * GIB, disk_free_bytes=100 * GIB,
     devices=[DEVICE, DEVICE], no_devices=None, nvcc="13.0", kernels=[], build_locks=[],
     programs={name: f"/usr/bin/{name}" for name in PROGRAMS},
@@ -56,6 +57,7 @@ def test_without_a_device_only_the_cpu_is_left() -> None:
         ({"nvcc": None}, "ColossalAI's own kernels", "nvcc of the CUDA toolkit that torch was built with"),
         ({"nvcc": "12.4"}, "ColossalAI's own kernels", "nvcc of CUDA 13.0, as torch was built with; seen: 12.4"),
         ({"programs": {**FULL.programs, "ninja": None}}, "ColossalAI's own kernels", "ninja on the PATH"),
+        ({"versions": {**FULL.versions, "deepspeed": None}}, "strategies that are extras", "(make install-deepspeed)"),
         ({"programs": {**FULL.programs, "chromium": None}}, "tests of the report in a browser", "chromium"),
     ],
 )
