@@ -20,7 +20,10 @@ SCHEMA_MAJOR = 1
 
 STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, ser_json_inf_nan="strings")
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
+Nodes = Annotated[int, Field(ge=1, le=10_000)]
+Processes = Annotated[int, Field(ge=1, le=1_024)]
+LoraRank = Annotated[int, Field(ge=0, le=65_536)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=False)]
 Share = Annotated[float, Field(ge=0, le=1, strict=False)]
@@ -58,7 +61,7 @@ class Settings:
     """`random` (seeded, no download), `pretrained` (the preset's pinned revision) or a folder."""
     tokenizer_data: tuple[Name, ...] = ()
     """Data that a tokenizer is trained on when the weights are random; filled in at planning: all data of the suite."""
-    tokenizer_vocabulary: Annotated[int, Field(ge=300)] = 8192
+    tokenizer_vocabulary: Annotated[int, Field(ge=300, le=100_000_000)] = 8192
     """Largest size of that tokenizer; the model keeps the vocabulary of its preset, which limits the default where it is smaller."""
     precision: Precision = "bf16-master"
     """How numbers are stored; rankings stay within one mode. Explained in docs/metrics.md."""
@@ -68,7 +71,7 @@ class Settings:
     """Sequences (RM: pairs) of one step over all ranks and micro-steps."""
     scaling: Literal["strong", "weak"] = "strong"
     """`strong` keeps the global batch as ranks are added; `weak` multiplies it by their number."""
-    sequence_length: Annotated[int, Field(ge=8)] = 512
+    sequence_length: Annotated[int, Field(ge=8, le=1_000_000_000)] = 512
     """Longest sequence in tokens; longer ones are cut at the end."""
     optimizer: Literal["adamw", "foreach", "fused", "hybrid"] = "adamw"
     """AdamW: torch's plain one, tensor by tensor; its `foreach`, all tensors at once; its fused one; or ColossalAI's HybridAdam. A suite
@@ -107,7 +110,7 @@ class Settings:
     save_every: Count | None = None
     """Save the training state every so many steps (PPO: iterations), at the next lap's edge, so that a trial that was stopped goes on
     from there; null saves none. The times of a trial that went on are never ranked."""
-    base_seed: Annotated[int, Field(ge=0)] = 42
+    base_seed: Annotated[int, Field(ge=0, lt=2**62)] = 42
     """Trial k uses seed base_seed + k."""
     device: Literal["cpu", "cuda"] = "cuda"
     """Where the ranks compute."""
@@ -215,10 +218,10 @@ class Cell:
     model: Name
     """A preset, a local folder or a hub id."""
     strategy: Name
-    lora_rank: Annotated[int, Field(ge=0)] = 0
+    lora_rank: LoraRank = 0
     """0 trains all parameters."""
-    nodes: Count = 1
-    processes_per_node: Count = 1
+    nodes: Nodes = 1
+    processes_per_node: Processes = 1
     settings: Any = None
     """The settings class of the stage."""
 

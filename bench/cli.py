@@ -6,9 +6,12 @@ Every import of substance stands inside its verb: `--help` and `plan` answer at 
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,6 +46,12 @@ Results = Annotated[Path, typer.Option("--results", help="Folder that holds a fo
 Format = Annotated[str, typer.Option("--format", help="text or json.")]
 
 
+def _price(value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"a price is a finite number; seen: {value}")
+    return value
+
+
 @app.command()
 def run(
     suite: SuitePath,
@@ -70,7 +79,7 @@ def plan(
     commands: Annotated[bool, typer.Option("--commands", help="Print the lines to paste on each node.")] = False,
     write: Annotated[bool, typer.Option("--write", help="Write results/<suite>/plan.json for Snakemake.")] = False,
     results: Results = Path("results"),
-    price: Annotated[float | None, typer.Option(min=0, help="Price of a device-hour, to say what the plan costs.")] = None,
+    price: Annotated[float | None, typer.Option(min=0, callback=_price, help="Price of a device-hour, to say what the plan costs.")] = None,
     container: Container = None,
 ) -> None:
     """Show what a suite means. Cells, blocks, what each needs, what its trials can claim and cost, what is skipped and why."""
@@ -96,7 +105,7 @@ def plan(
 def report(
     records: Annotated[Path, typer.Argument(help="Folder with records, for example results/quickstart/records.")],
     output: Annotated[Path, typer.Option(help="Folder for report.html, report.md, results.parquet and results.csv.")],
-    price: Annotated[float | None, typer.Option(min=0, help="Price of a device-hour, to say what the work costs.")] = None,
+    price: Annotated[float | None, typer.Option(min=0, callback=_price, help="Price of a device-hour, to say what the work costs.")] = None,
     ceilings: Annotated[Path | None, typer.Option(help="What `doctor --bench --format json` printed on these devices.")] = None,
 ) -> None:
     """Make the report from records. The same records give the same bytes."""
@@ -247,6 +256,9 @@ _UsageProblem = next(kind for kind in typer.BadParameter.__mro__ if kind.__name_
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with the code of the house (see the module's first lines)."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that has no arrow shows a question mark
     sys.exit(_exit_code(arguments))
 
 
@@ -269,5 +281,10 @@ def _exit_code(arguments: list[str] | None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        print(f"coati-bench: {error.filename or ''}: {error.strerror}; nothing was left half-written", file=sys.stderr)
+        print(f"coati-bench: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+        return 3
+    except Exception as error:  # noqa: BLE001 (1 is a verdict of `compare` and `reproduce`, which a fault must not look like)
+        traceback.print_exc()
+        said = f"coati-bench: {type(error).__name__}: {error}: a fault of coati-bench itself; please report it with the lines above"
+        print(said, file=sys.stderr)
         return 3

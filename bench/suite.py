@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from bench.cell import AXES, SETTINGS, STRICT, Count, Name, Positive, validate_settings
+from bench.cell import AXES, SETTINGS, STRICT, Count, LoraRank, Name, Nodes, Positive, Processes, validate_settings
 from bench.checkout import package_folder
 from bench.errors import Mistake, SuiteError, UserError
 
@@ -31,10 +32,10 @@ class Axes:
     stage: Annotated[list[Name], Field(min_length=1)]
     model: Annotated[list[Name], Field(min_length=1)]
     strategy: Annotated[list[Name], Field(min_length=1)]
-    lora_rank: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = dataclasses.field(default_factory=lambda: [0])
+    lora_rank: Annotated[list[LoraRank], Field(min_length=1)] = dataclasses.field(default_factory=lambda: [0])
     """0 is full fine-tuning."""
-    nodes: Annotated[list[Count], Field(min_length=1)] = dataclasses.field(default_factory=lambda: [1])
-    processes_per_node: Annotated[list[Count], Field(min_length=1)] = dataclasses.field(default_factory=lambda: [1])
+    nodes: Annotated[list[Nodes], Field(min_length=1)] = dataclasses.field(default_factory=lambda: [1])
+    processes_per_node: Annotated[list[Processes], Field(min_length=1)] = dataclasses.field(default_factory=lambda: [1])
 
 
 @dataclass(config=STRICT, frozen=True, slots=True, kw_only=True)
@@ -221,14 +222,20 @@ def _with_absolute_files(content: Any, folder: Path) -> Any:
     if isinstance(content, list):
         return [_with_absolute_files(value, folder) for value in content]
     if isinstance(content, str) and content.startswith("file:") and len(content) > len("file:"):
-        return f"file:{folder / Path(content.removeprefix('file:')).expanduser()}"
+        return f"file:{_absolute(content.removeprefix('file:'), folder)}"
     return content
 
 
 def _absolute_values(overlay: Any, folder: Path) -> Any:
     if not isinstance(overlay, dict):
         return overlay
-    return {key: str(folder / Path(path).expanduser()) if path and isinstance(path, str) else path for key, path in overlay.items()}
+    return {key: _absolute(path, folder) if path and isinstance(path, str) else path for key, path in overlay.items()}
+
+
+def _absolute(path: str, folder: Path) -> str:
+    """`path` from `folder` on; one in a home folder that there is not stays as it is, for those who look for it to tell."""
+    home = os.path.expanduser(path)  # noqa: PTH111 (Path's own raises a RuntimeError)
+    return home if home.startswith("~") else str(folder / home)
 
 
 def _short(value: Any) -> Any:
@@ -258,6 +265,10 @@ def _from_pydantic(error: ValidationError, prefix: str) -> list[Mistake]:
     return mistakes
 
 
+LIMITS = {"lora_rank": (0, 65_536), "nodes": (1, 10_000), "processes_per_node": (1, 1_024)}
+"""Least and largest value on the axes that are numbers, as `bench.cell` has them."""
+
+
 def _near(name: object, names: tuple[str, ...]) -> str:
     close = difflib.get_close_matches(str(name), names, n=1)
     return f"did you mean {close[0]!r}?" if close else f"one of {', '.join(names)}"
@@ -285,26 +296,35 @@ def _axes_seen(content: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
                 continue
             if axis not in AXES:
                 yield f"{place}.{axis}", "", axis
+            if place.startswith("include") and isinstance(values, list):
+                yield f"{place}.{axis}", "list", values
+                continue
             for i, value in enumerate(_listed(values) if axis in AXES else []):
                 yield f"{place}.{axis}[{i}]" if isinstance(values, list) else f"{place}.{axis}", axis, value
 
 
+def _axis_problem(path: str, axis: str, value: Any, known: Known) -> str | None:
+    """What is wrong with one value on an axis; "" is what is none, "list" a list where a cell is included."""
+    if axis == "":
+        return None if path.startswith("axes") else f"unknown axis, {_near(value, AXES)}"
+    if axis == "list":
+        return "a cell that is included has one value on each axis, not a list of them"
+    if axis in LIMITS:
+        least, most = LIMITS[axis]
+        fits = isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+        return None if fits else f"{axis} is a whole number from {least} to {most}"
+    if not isinstance(value, str):
+        return f"{axis} is a name, as text"
+    if axis == "model":
+        return known.model_problem(value)
+    names = tuple(SETTINGS) if axis == "stage" else known.strategies
+    return None if value in names else f"unknown {axis}, {_near(value, names)}"
+
+
 def _name_mistakes(content: dict[str, Any], known: Known) -> list[Mistake]:
-    mistakes = []
-    for path, axis, value in _axes_seen(content):
-        if axis == "":
-            if not path.startswith("axes"):
-                mistakes.append(Mistake(path, f"unknown axis, {_near(value, AXES)}", value))
-        elif axis == "stage" and value not in SETTINGS:
-            mistakes.append(Mistake(path, f"unknown stage, {_near(value, tuple(SETTINGS))}", value))
-        elif axis == "strategy" and value not in known.strategies:
-            mistakes.append(Mistake(path, f"unknown strategy, {_near(value, known.strategies)}", value))
-        elif axis == "model" and isinstance(value, str) and (problem := known.model_problem(value)):
-            mistakes.append(Mistake(path, problem, value))
-        elif axis in ("lora_rank", "nodes", "processes_per_node"):
-            least = 0 if axis == "lora_rank" else 1
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                mistakes.append(Mistake(path, f"{axis} is a whole number of at least {least}", value))
+    mistakes = [
+        Mistake(path, problem, value) for path, axis, value in _axes_seen(content) if (problem := _axis_problem(path, axis, value, known))
+    ]
     axes = content.get("axes")
     for axis, values in axes.items() if isinstance(axes, dict) else ():
         if isinstance(values, list) and len({repr(value) for value in values}) < len(values):
@@ -337,7 +357,7 @@ def _setting_layers(content: dict[str, Any]) -> Iterator[tuple[str, tuple[str, .
             wanted = _listed(when["stage"]) if isinstance(when, dict) and "stage" in when else list(used)
             yield f"overrides[{i}].settings", tuple(stage for stage in SETTINGS if stage in wanted), item.get("settings") or {}
     for i, item in enumerate(_listed(content.get("include") or [])):
-        if isinstance(item, dict) and item.get("stage") in SETTINGS:
+        if isinstance(item, dict) and item.get("stage") in tuple(SETTINGS):
             yield f"include[{i}].settings", (item["stage"],), item.get("settings") or {}
 
 

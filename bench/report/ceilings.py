@@ -10,6 +10,8 @@ from typing import Any
 from bench.errors import UserError
 
 NAME = "ceilings.json"
+MOST = 1e18
+"""FLOP/s that no one device attains."""
 RIGHT = "what `coati-bench doctor --bench --format json` prints would be right"
 
 
@@ -23,9 +25,15 @@ def read_ceilings(files: Iterable[Path]) -> dict[str, Mapping[str, float]]:
     found: dict[str, Mapping[str, float]] = {}
     for file in files:
         for ceilings in _in_file(file):
-            rates = {dtype: float(rate) for dtype, rate in ceilings["matrix_flops_per_second"].items() if rate}
+            rates = {dtype: _rate(file, dtype, rate) for dtype, rate in ceilings["matrix_flops_per_second"].items() if rate is not None}
             found.setdefault(str(ceilings["device"]), rates)
     return found
+
+
+def _rate(file: Path, dtype: str, rate: Any) -> float:
+    if isinstance(rate, (int, float)) and not isinstance(rate, bool) and 0 < rate <= MOST:
+        return float(rate)
+    raise UserError(f"{file}: no ceiling; seen: {dtype} {repr(rate)[:60]}; FLOP/s above 0 and at most {MOST:g}, or null, would be right")
 
 
 def _in_file(file: Path) -> list[dict[str, Any]]:
@@ -46,5 +54,11 @@ def _content(file: Path) -> Any:
         return json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{file}: no JSON; seen: {error}; {RIGHT}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: no JSON; seen: {_fault(error)}; {RIGHT}") from None
+
+
+def _fault(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return "a number of too many digits" if "set_int_max_str_digits" in str(error) else str(error)

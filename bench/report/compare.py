@@ -17,6 +17,7 @@ from bench.errors import UserError
 from bench.measure.conditions import Difference, conditions, differences
 from bench.report.analysis import MEMORY
 from bench.report.bands import COSTS, Check, cost_check
+from bench.report.files import write_whole
 from bench.report.inventory import BadFile, cell_order
 from bench.report.metrics import primary_metric
 from bench.report.pairing import Measured, Side, nothing_common, other_settings, pair_cells, read_cells, sorted_cells
@@ -122,10 +123,7 @@ def compare(
     if changes.differences and not allow_differences:
         raise UserError(_refusal(changes))
     text = changes_text(changes)
-    for path, content in ((markdown, text), (junit, junit_text(changes) if junit else "")):
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(content, encoding="utf-8")
+    write_whole({path: content for path, content in ((markdown, text), (junit, junit_text(changes) if junit else "")) if path is not None})
     print(text, end="")
     return 1 if changes.regressions else 0
 

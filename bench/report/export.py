@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -91,9 +90,12 @@ def _type(name: str, values: list[Any]) -> pa.DataType:
     return {frozenset({int}): pa.int64(), frozenset({bool}): pa.bool_()}.get(frozenset(kinds), pa.string())
 
 
-def write_parquet(table: pa.Table, path: Path) -> None:
-    """Write `table`; equal tables give equal bytes."""
-    pq.write_table(table, path, compression="zstd")
+def parquet_bytes(table: pa.Table) -> bytes:
+    """`table` as a Parquet file; equal tables give equal bytes."""
+    out = pa.BufferOutputStream()
+    pq.write_table(table, out, compression="zstd")
+    content: bytes = out.getvalue().to_pybytes()
+    return content
 
 
 def csv_text(table: pa.Table) -> str:

@@ -13,11 +13,18 @@ from pydantic import ValidationError
 from bench.cell import SETTINGS, Cell, canonical_json, cell_from_json
 from bench.errors import RecordError, UserError
 from bench.matrix import Plan, load_plan
+from bench.measure.conditions import conditions
 from bench.record import Record, load_record
+from bench.strategies.base import all_strategies
 
 STAGE_ORDER = {stage: index for index, stage in enumerate(SETTINGS)}
 BASELINE = "naive"
 """The strategy that every other one is compared with."""
+
+
+ODD = (TypeError, AttributeError, LookupError, ValueError, ArithmeticError)
+"""What code meets in a record whose free fields are of other forms than this version writes."""
+LARGEST = 2**63
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +133,10 @@ def _read_rows(
             continue
         known = first.setdefault(once(row), name)
         if known == name:
-            rows.append(keep(row))
+            try:
+                rows.append(keep(row))
+            except ODD as error:
+                bad_files.append(BadFile(name, f"not a record that can be worked out: {type(error).__name__}: {error}"))
         else:
             bad_files.append(BadFile(name, f"repeats trial {row.record.trial} of the cell in {known}, which is the one shown"))
     return rows, bad_files
@@ -144,9 +154,26 @@ def _read_row(path: Path, name: str) -> Row | BadFile:
     except RecordError as error:
         return BadFile(name, str(error).replace(str(path), name))
     try:
-        return Row(record, _cell(canonical_json(record.cell)), name)
+        row = Row(record, _cell(canonical_json(record.cell)), name)
+        row.cell.cell_id  # noqa: B018 (what cannot be named is no cell)
+        conditions(record)
     except KeyError:
         return BadFile(name, f"not a record; unknown stage: {record.cell.get('stage')!r}")
     except ValidationError as error:
         first = error.errors()[0]
         return BadFile(name, f"not a record; its cell at {'.'.join(map(str, first['loc']))}: {first['msg']}")
+    except ODD as error:
+        return BadFile(name, f"not a record; what it says of its cell or machines has another form: {error}")
+    return _problem_of(row) or row
+
+
+def _problem_of(row: Row) -> BadFile | None:
+    """What a record contradicts: itself, or what this version knows."""
+    if row.cell.cell_id != row.record.cell_id:
+        said, seen = row.record.cell_id, row.cell.cell_id
+        return BadFile(row.file, f"says it is of the cell {said}, and its cell is {seen}; changed by hand, or of another version")
+    if row.cell.strategy not in all_strategies():
+        return BadFile(row.file, f"unknown strategy {row.cell.strategy!r}, which another version may have; seen in its cell")
+    if max(row.record.trial, row.record.seed, row.record.attempt) >= LARGEST:
+        return BadFile(row.file, "a number of its trial, seed or attempt is larger than 64 bits")
+    return None

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.report.analysis import read_analysis
-from bench.report.export import csv_text, result_rows, result_table, write_parquet
+from bench.report.export import csv_text, parquet_bytes, result_rows, result_table
+from bench.report.files import write_whole
 from bench.report.html import html
 from bench.report.markdown import markdown
 from bench.report.page import make_page
@@ -45,15 +46,12 @@ def make_report(
 
     `plan` (plan.json) adds what was skipped and what is missing; `references` (stored records) adds the reference band; `given` what no
     record says.
-    Raises UserError where there are no records. Files that are no valid records are named in the report, not dropped.
+    Raises UserError where there are no records, MachineError where the disk refuses: then all four are the old ones. Files that are no
+    valid records are named in the report, not dropped.
     """
     analysis = read_analysis(records, plan, references, given)
     page = make_page(analysis)
     paths = ReportPaths(*(output / name for name in ("report.html", "report.md", "results.parquet", "results.csv")))
-    output.mkdir(parents=True, exist_ok=True)
-    paths.html.write_text(html(page), encoding="utf-8")
-    paths.markdown.write_text(markdown(page), encoding="utf-8")
     table = result_table(result_rows(analysis))
-    write_parquet(table, paths.parquet)
-    paths.csv.write_text(csv_text(table), encoding="utf-8")
+    write_whole({paths.html: html(page), paths.markdown: markdown(page), paths.parquet: parquet_bytes(table), paths.csv: csv_text(table)})
     return paths

@@ -6,26 +6,41 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from statistics import median
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
 from bench.cell import Cell
-from bench.differences import settings_of, told_apart
+from bench.differences import settings_of, told_apart, written
 from bench.report.analysis import Analysis, CellResult, memory_metric
 from bench.report.inventory import BASELINE
 from bench.report.metrics import METRICS, NoValue, phase_means, primary_metric
 from bench.report.parity import FP32_CURVE, HALF_CURVE, HALF_STEPS, deviations, losses
-from bench.report.svg import Bar, Change, Curve, bar_chart, change_chart, line_chart
+from bench.report.svg import DASHES, Bar, Change, Curve, bar_chart, change_chart, line_chart
 from bench.report.text import number, shape
 from bench.stages.base import SPECS
 
 MOST_POINTS = 160
 LEAST_DEVIATION = 1e-9
 """Where a curve of deviations that are exactly 0 is drawn."""
-STYLES = 10
+STYLES = len(DASHES)
 OTHER = "other"
 """The phase of what no phase claims."""
 HELD_OUT_SHOWN = {"sft": ("loss",), "rm": ("accuracy", "margin"), "ppo": ("reward", "kl")}
+
+
+class Label(NamedTuple):
+    """How a figure names a cell."""
+
+    name: str
+    """Strategy and ranks."""
+    settings: str
+    """What else tells it from its neighbours."""
+
+    @property
+    def whole(self) -> str:
+        """Both in one line."""
+        return f"{self.name} {self.settings}".rstrip()
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,22 +76,34 @@ def stage_figures(analysis: Analysis, stage: str) -> list[Figure]:
     return [figure for make in makers for figure in make(analysis, stage, results)]
 
 
-def _facets(results: Sequence[CellResult]) -> Iterator[tuple[str, dict[CellResult, str]]]:
-    """Cells by model and LoRA rank, with their labels, and a heading."""
+def _facets(results: Sequence[CellResult]) -> Iterator[tuple[str, dict[CellResult, Label]]]:
+    """Cells by model and LoRA rank, with their labels, and a heading; in each in the order of strategy, ranks and settings."""
     several_models = len({result.cell.model for result in results}) > 1
     for (model, rank), members in groupby(results, key=lambda it: (it.cell.model, it.cell.lora_rank)):
         heading = f"LoRA rank {rank}" if rank else "full fine-tuning"
-        yield (f"{model} · {heading}" if several_models else heading), _labels(list(members))
+        yield (f"{model} · {heading}" if several_models else heading), _labels(sorted(members, key=_order))
 
 
-def _labels(members: Sequence[CellResult]) -> dict[CellResult, str]:
+def _order(result: CellResult) -> tuple[object, ...]:
+    cell = result.cell
+    settings = tuple(_value_order(value) for value in settings_of(cell).values())
+    return (cell.strategy != BASELINE, cell.strategy, cell.nodes, cell.processes_per_node, settings, cell.cell_id)
+
+
+def _value_order(value: Any) -> tuple[bool, float, str]:
+    """Sort key of a setting's value: numbers by size, then everything else as it is written."""
+    numeric = isinstance(value, int | float)
+    return (not numeric, float(value) if numeric else 0.0, written(value))
+
+
+def _labels(members: Sequence[CellResult]) -> dict[CellResult, Label]:
     """Of each, its strategy and what else tells it from its neighbours."""
     names, contents = [_name(it.cell) for it in members], [settings_of(it.cell) for it in members]
     precisions = [content.pop("precision") for content in contents]
     several = len(set(precisions)) > 1
     told = told_apart(contents, names)
     return {
-        it: " ".join(filter(None, (name, precision if several else "", settings)))
+        it: Label(name, ", ".join(filter(None, (precision if several else "", settings))))
         for it, name, precision, settings in zip(members, names, precisions, told, strict=True)
     }
 
@@ -107,16 +134,17 @@ def _curve(label: str, ys: Sequence[float], style: int, group: str) -> Curve:
 # -- curves ------------------------------------------------------------------------------------------------------
 
 
-def _series_figure(analysis: Analysis, results: Sequence[CellResult], name: str, x_label: str) -> list[Panel]:
+def _series_figure(analysis: Analysis, results: Sequence[CellResult], name: str, x_label: str, y_label: str) -> list[Panel]:
     panels = []
     for heading, members in _facets(results):
         curves = []
         for result in _naive_first(members):
             series = [trial.lead.series[name] for trial in result.ok if trial.record.lead and trial.lead.series.get(name)]
             if series:
-                curves.append(_curve(members[result], middle_curve(series), style_of(result.cell.strategy, analysis), result.cell.strategy))
+                style = style_of(result.cell.strategy, analysis)
+                curves.append(_curve(members[result].whole, middle_curve(series), style, result.cell.strategy))
         if curves:
-            panels.append(Panel(heading, line_chart(curves, title=f"{name}, {heading}", x_label=x_label, y_label=name)))
+            panels.append(Panel(heading, line_chart(curves, title=f"{name}, {heading}", x_label=x_label, y_label=y_label)))
     return panels
 
 
@@ -125,7 +153,8 @@ def _naive_first(members: Iterable[CellResult]) -> list[CellResult]:
 
 
 def _loss_curves(analysis: Analysis, stage: str, results: Sequence[CellResult]) -> Iterator[Figure]:
-    panels = _series_figure(analysis, results, "loss", "step")
+    # PPO's surrogate is in units of whitened advantages: it has none
+    panels = _series_figure(analysis, results, "loss", "step", "policy loss" if stage == "ppo" else "loss (nats)")
     if panels:
         what = "Policy loss" if stage == "ppo" else "Training loss"
         trials = " Lines are medians over trials." if any(len(result.ok) > 1 for result in results) else ""
@@ -141,12 +170,12 @@ def _deviation_curves(analysis: Analysis, stage: str, results: Sequence[CellResu
             gaps = _gaps(analysis, result)
             if gaps:
                 shown.append(result)
-                curves.append(_curve(members[result], gaps, style_of(result.cell.strategy, analysis), result.cell.strategy))
+                curves.append(_curve(members[result].whole, gaps, style_of(result.cell.strategy, analysis), result.cell.strategy))
         if curves:
             title = f"deviation from naive, {heading}"
-            panels.append(
-                Panel(heading, line_chart(curves, title=title, x_label="step", y_label="deviation", log=True, limits=_limits(members)))
-            )
+            limits = _limits(members)
+            svg = line_chart(curves, title=title, x_label="step", y_label="relative deviation", log=True, limits=limits)
+            panels.append(Panel(heading, svg))
     if panels:
         rest = " PPO is judged by the first iteration's steps only: later ones learn from sampled tokens." if stage == "ppo" else ""
         caption = (
@@ -175,11 +204,11 @@ def _gaps(analysis: Analysis, result: CellResult) -> list[float]:
 def _ppo_curves(analysis: Analysis, stage: str, results: Sequence[CellResult]) -> Iterator[Figure]:
     if stage != "ppo":
         return
-    for name, title, caption in (
-        ("reward", "Reward", "Mean reward of each iteration's rollouts, before the KL penalty."),
-        ("kl", "KL", "KL of policy and reference policy on each iteration's rollouts, in nats; 0 before the first update."),
+    for name, title, axis, caption in (
+        ("reward", "Reward", "reward", "Mean reward of each iteration's rollouts, before the KL penalty."),
+        ("kl", "KL", "KL (nats)", "KL of policy and reference policy on each iteration's rollouts, in nats; 0 before the first update."),
     ):
-        panels = _series_figure(analysis, results, name, "iteration")
+        panels = _series_figure(analysis, results, name, "iteration", axis)
         if panels:
             yield Figure(title, caption, tuple(panels), _legend(analysis, results))
 
@@ -194,21 +223,20 @@ def _held_out(analysis: Analysis, stage: str, results: Sequence[CellResult]) -> 
             changes = [change for result, label in members.items() if (change := _change(analysis, result, label, name))]
             if changes:
                 unit = METRICS[f"held_out_{name}_after"].unit
-                panels.append(
-                    Panel(heading, change_chart(changes, title=f"held-out {name} before and after, {heading}", unit=f"{name} ({unit})"))
-                )
+                axis = name if unit == name else f"{name} ({unit})"
+                panels.append(Panel(heading, change_chart(changes, title=f"held-out {name} before and after, {heading}", unit=axis)))
         if panels:
             better = SPECS[stage].held_out[name]
             caption = f"Held-out {name} before (ring) and after (dot) training, medians over trials; {better} is better."
             yield Figure(f"Held-out {name}", caption, tuple(panels))
 
 
-def _change(analysis: Analysis, result: CellResult, label: str, name: str) -> Change | None:
+def _change(analysis: Analysis, result: CellResult, label: Label, name: str) -> Change | None:
     before, after = (result.summary(f"held_out_{name}_{edge}") for edge in ("before", "after"))
     if before is None or after is None:
         return None
     strategy = result.cell.strategy
-    return Change(label, before.middle, after.middle, style_of(strategy, analysis), strategy)
+    return Change(label.name, before.middle, after.middle, style_of(strategy, analysis), strategy, label.settings)
 
 
 # -- bars --------------------------------------------------------------------------------------------------------
@@ -224,11 +252,12 @@ def _metric_bars(analysis: Analysis, results: Sequence[CellResult], name: str) -
                 style = style_of(result.cell.strategy, analysis)
                 bars.append(
                     Bar(
-                        members[result],
+                        members[result].name,
                         (("median", summary.middle, style),),
                         number(summary.middle),
                         result.cell.strategy,
                         summary.points,
+                        members[result].settings,
                     )
                 )
         if bars:
@@ -263,7 +292,12 @@ def _phase_bars(_analysis: Analysis, stage: str, results: Sequence[CellResult]) 
     panels = []
     for heading, members in _facets([result for result in results if result in means]):
         bars = [
-            Bar(label, tuple((name, value, styles[name]) for name, value in means[it].items()), "", it.cell.strategy)
+            Bar(
+                label.name,
+                tuple((name, value, styles[name]) for name, value in means[it].items()),
+                group=it.cell.strategy,
+                settings=label.settings,
+            )
             for it, label in members.items()
         ]
         panels.append(Panel(heading, bar_chart(bars, title=f"phases of an iteration, {heading}", unit="seconds per iteration")))

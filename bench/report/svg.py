@@ -1,4 +1,4 @@
-"""Inline SVG: axes, lines, bars. Colours are CSS classes (s0 .. s9), so a page's dark mode and print style reach them.
+"""Inline SVG: axes, lines, bars. Colours are CSS classes (s0 .. s27), so a page's dark mode and print style reach them.
 
 Coordinates are in pixels of the view box. Lines differ by dash as well as by colour.
 """
@@ -7,13 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from math import ceil, floor, isfinite, log10
 
 from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 460, 250
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 14, 38
-DASHES = ("", "", "9 6", "2 5", "11 5 2 5", "5 5", "16 5", "3 4 1 4", "1 5", "7 2")
+PATTERNS = ("", "9 5", "11 4 2 4", "2 3", "4 4", "10 3 2 3 2 3", "2 6", "18 5", "18 4 6 4")
+DASHES = ("", *(PATTERNS[(index + 4 * (index // 9)) % 9] for index in range(27)))
+"""Dash of each style. The colours s1 .. s9 come again from s10 and from s19 on (in report.css), every time with a dash of another kind."""
+NAME_CHARACTER, SETTINGS_CHARACTER = 6.7, 5.5
+"""Widths of a character of a label at 11.5 px and of the smaller lines below it at 9.5 px, in a wide font."""
+MOST_NAME, MOST_SETTINGS = 40, 38
+"""Characters of a line; what is longer loses its middle."""
+SETTINGS_LINE = 11
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +47,8 @@ class Bar:
     group: str = ""
     points: tuple[float, ...] = ()
     """Single trials, drawn as dots where there are several."""
+    settings: str = ""
+    """What tells it from bars of the same label, comma-separated: small lines below the label."""
 
 
 def nice_ticks(low: float, high: float, about: int = 5) -> list[float]:
@@ -144,34 +154,83 @@ def _grid(horizontal: Axis, vertical: Axis, x_label: str, y_label: str) -> str:
 
 def bar_chart(bars: Sequence[Bar], *, title: str, unit: str) -> Markup:
     """Horizontal bars, stacked where a bar has several segments, each with its number."""
-    row, bottom, label_width = 25, 34, _label_width([bar.label for bar in bars])
-    height = TOP + row * len(bars) + bottom
+    bottom, label_width = 34, _label_width(bars)
+    *tops, end = accumulate((_row(bar, 25) for bar in bars), initial=TOP)
+    height = end + bottom
     longest = max(max(sum(length for _, length, _ in bar.segments), *bar.points, 0.0) for bar in bars)
     scale = Axis(nice_ticks(0, longest or 1, 5), label_width, WIDTH - 58)
     body = [_bar_grid(scale, height - bottom, unit, label_width)]
-    body += [_bar(bar, scale, TOP + row * index + 4, label_width) for index, bar in enumerate(bars)]
+    body += [_bar(bar, scale, top + 4, label_width) for bar, top in zip(bars, tops, strict=True)]
     return _svg(body, height, title)
 
 
-def _label_width(labels: Sequence[str]) -> int:
-    """Room for the longest label at 11.5 px, within reason."""
-    return min(210, max(64, 14 + round(6.7 * max(map(len, labels)))))
+def shortened(text: str, most: int) -> str:
+    """Text of at most `most` characters: what is too long loses its middle.
+
+    >>> shortened("a_rather_long_strategy", 11), shortened("short", 11)
+    ('a_rat…ategy', 'short')
+    """
+    kept = most - 1
+    return text if len(text) <= most else f"{text[: kept - kept // 2]}…{text[len(text) - kept // 2 :]}"
+
+
+def settings_lines(settings: str) -> list[str]:
+    """Settings over as few lines as hold them, broken between settings only.
+
+    >>> settings_lines("global_batch 32, tensor_parallel 1, pipeline_parallel 1")
+    ['global_batch 32, tensor_parallel 1,', 'pipeline_parallel 1']
+    """
+    lines: list[str] = []
+    for part in settings.split(", ") if settings else ():
+        if lines and len(lines[-1]) + len(part) + 3 <= MOST_SETTINGS:
+            lines[-1] += f", {part}"
+        else:
+            lines.append(part)
+    short = [shortened(line, MOST_SETTINGS - 1) for line in lines]
+    return [*(f"{line}," for line in short[:-1]), *short[-1:]]
+
+
+def _row(item: Bar | Change, least: int) -> int:
+    """Height of an item's row."""
+    lines = len(settings_lines(item.settings))
+    return least + (SETTINGS_LINE * lines - 2 if lines else 0)
+
+
+def _whole(item: Bar | Change) -> str:
+    return f"{item.label} {item.settings}".rstrip()
+
+
+def _label_width(items: Sequence[Bar | Change]) -> int:
+    """Room for the longest line of all labels."""
+    names = [NAME_CHARACTER * min(len(item.label), MOST_NAME) for item in items]
+    lines = [SETTINGS_CHARACTER * len(line) for item in items for line in settings_lines(item.settings)]
+    return max(64, 14 + round(max(*names, *lines, 0.0)))
+
+
+def _label(item: Bar | Change, label_width: int, y: float) -> str:
+    """The name of a row, and smaller below it what tells it from its neighbours."""
+    x = label_width - 7
+    name = f'<text class="bar-label" x="{x}" y="{y:.1f}" text-anchor="end">{escape(shortened(item.label, MOST_NAME))}</text>'
+    return name + "".join(
+        f'<text class="bar-settings" x="{x}" y="{y + SETTINGS_LINE * number:.1f}" text-anchor="end">{escape(line)}</text>'
+        for number, line in enumerate(settings_lines(item.settings), 1)
+    )
 
 
 def _bar(bar: Bar, scale: Axis, y: float, label_width: int) -> str:
     parts, at = [], 0.0
     for label, length, style in bar.segments:
         x, width = scale(at), scale(at + length) - scale(at)
-        name = f"<title>{escape(bar.label)}, {escape(label)}: {length:.4g}</title>"
+        name = f"<title>{escape(_whole(bar))}, {escape(label)}: {length:.4g}</title>"
         parts.append(f'<rect class="s{style}" x="{x:.1f}" y="{y:.1f}" width="{max(width, 0):.1f}" height="17" rx="1.5">{name}</rect>')
         if len(bar.segments) > 1 and width >= 14:
             parts.append(f'<text class="segment" x="{x + width / 2:.1f}" y="{y + 12.5:.1f}" text-anchor="middle">{style}</text>')
         at += length
-    text = f'<text class="bar-label" x="{label_width - 7}" y="{y + 12.5:.1f}" text-anchor="end">{escape(bar.label)}</text>'
     if len(bar.points) > 1:
         parts += [f'<circle cx="{scale(point):.1f}" cy="{y + 8.5:.1f}" r="2.3"/>' for point in bar.points]
         at = max(at, *bar.points)
     total = f'<text class="bar-value" x="{scale(at) + 5:.1f}" y="{y + 12.5:.1f}">{escape(bar.note or f"{at:.3g}")}</text>'
+    text = f"<title>{escape(_whole(bar))}</title>{_label(bar, label_width, y + 12.5)}"
     return f'<g class="bar" data-strategy="{escape(bar.group)}">{text}{"".join(parts)}{total}</g>'
 
 
@@ -184,27 +243,30 @@ class Change:
     after: float
     style: int
     group: str = ""
+    settings: str = ""
+    """What tells it from changes of the same label, comma-separated: small lines below the label."""
 
 
 def change_chart(changes: Sequence[Change], *, title: str, unit: str) -> Markup:
     """Before (ring) and after (dot) on one line each."""
-    row, bottom, label_width = 22, 34, _label_width([change.label for change in changes])
-    height = TOP + row * len(changes) + bottom
+    bottom, label_width = 34, _label_width(changes)
+    *tops, end = accumulate((_row(change, 22) for change in changes), initial=TOP)
+    height = end + bottom
     values = [value for change in changes for value in (change.before, change.after)]
     scale = Axis(nice_ticks(min(values), max(values), 6), label_width + 8, WIDTH - 64)
     body = [_bar_grid(scale, height - bottom, unit, label_width)]
-    body += [_change(change, scale, TOP + row * (index + 0.5), label_width) for index, change in enumerate(changes)]
+    body += [_change(change, scale, top + 11, label_width) for change, top in zip(changes, tops, strict=True)]
     return _svg(body, height, title)
 
 
 def _change(change: Change, scale: Axis, y: float, label_width: int) -> str:
     first, last = scale(change.before), scale(change.after)
-    name = f"<title>{escape(change.label)}: {change.before:.4g} before, {change.after:.4g} after</title>"
+    name = f"<title>{escape(_whole(change))}: {change.before:.4g} before, {change.after:.4g} after</title>"
     line = f'<line x1="{first:.1f}" x2="{last:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
     dots = f'<circle class="ring" cx="{first:.1f}" cy="{y:.1f}" r="4.2"/><circle cx="{last:.1f}" cy="{y:.1f}" r="4.6"/>'
-    label = f'<text class="bar-label" x="{label_width - 7}" y="{y + 4:.1f}" text-anchor="end">{escape(change.label)}</text>'
     number = f'<text class="bar-value" x="{WIDTH - 4}" y="{y + 4:.1f}" text-anchor="end">{change.after:.4g}</text>'
-    return f'<g class="change s{change.style}" data-strategy="{escape(change.group)}">{name}{label}{line}{dots}{number}</g>'
+    parts = f"{name}{_label(change, label_width, y + 4)}{line}{dots}{number}"
+    return f'<g class="change s{change.style}" data-strategy="{escape(change.group)}">{parts}</g>'
 
 
 def _bar_grid(scale: Axis, bottom: float, unit: str, label_width: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -116,3 +117,28 @@ def test_planning_and_help_never_load_torch() -> None:
     program = f"import sys\nfrom bench.cli import _exit_code\n{calls}\nprint('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_a_fault_of_the_program_is_no_verdict(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`compare` and `reproduce` say 1 of a regression."""
+
+    def broken(*_: object, **__: object) -> int:
+        raise KeyError("x")
+
+    monkeypatch.setattr("bench.report.compare.compare", broken)
+    code, _, err = call(capsys, "compare", "a", "b")
+    assert code == 3
+    assert "Traceback" in err
+    assert err.endswith("coati-bench: KeyError: 'x': a fault of coati-bench itself; please report it with the lines above\n")
+
+
+@pytest.mark.parametrize("price", ["inf", "nan", "1e400"])
+def test_a_price_is_a_finite_number(capsys: pytest.CaptureFixture[str], price: str) -> None:
+    assert call(capsys, "plan", QUICKSTART, "--price", price)[0] == 2
+
+
+def test_a_terminal_that_has_no_arrow_shows_a_question_mark() -> None:
+    folder = str(ROOT / "results" / "references" / "nvidia-h200" / "reference-bloom-560m")
+    line = [sys.executable, "-m", "bench", "compare", folder, folder]
+    done = subprocess.run(line, capture_output=True, check=False, cwd=ROOT, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stderr) == (0, b"")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bench.errors import SuiteError, UserError
-from bench.matrix import known_names
+from bench.matrix import known_names, make_plan
 from bench.suite import Suite, check_suite, load_yaml, read_suite, suite_schema
 
 MINIMAL = """
@@ -65,7 +65,7 @@ def test_all_mistakes_are_told_at_once_with_path_problem_and_value() -> None:
     for line in (
         "axes.stage[1]: unknown stage, did you mean 'sft'?; seen: 'sfd'",
         "axes.strategy[0]: unknown strategy",
-        "axes.lora_rank[0]: lora_rank is a whole number of at least 0; seen: -1",
+        "axes.lora_rank[0]: lora_rank is a whole number from 0 to 65536; seen: -1",
         "axes.nodes: at least one value is needed; seen: []",
         "settings.learning_rat: unknown setting of sft, did you mean 'learning_rate'?; seen: 1",
         "settings.nodes: unknown setting of sft, an axis: it goes under axes; seen: 2",
@@ -149,3 +149,29 @@ def test_the_schema_names_every_setting() -> None:
     schema = suite_schema()
     assert "kl_coef" in schema["$defs"]["PpoSettings"]["properties"]
     assert schema["additionalProperties"] is False
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("axes: {stage: [[sft]], model: [bloom-tiny], strategy: [naive]}", "axes.stage[0]: stage is a name, as text; seen: ['sft']"),
+        ("exclude: [{stage: {}}]", "exclude[0].stage: stage is a name, as text; seen: {}"),
+        ("overrides: [{when: {stage: {}}, settings: {}}]", "overrides[0].when.stage: stage is a name, as text; seen: {}"),
+        ("include: [{stage: [sft], model: bloom-tiny, strategy: naive}]", "include[0].stage: a cell that is included has one value"),
+        ("include: [{stage: sft, model: 1, strategy: naive}]", "include[0].model: model is a name, as text; seen: 1"),
+        ("include: [{stage: sft, model: bloom-tiny, strategy: naive, lora_rank: []}]", "include[0].lora_rank: a cell that is included"),
+        (f"include: [{{stage: sft, model: bloom-tiny, strategy: naive, nodes: {10**30}}}]", "nodes is a whole number from 1 to 10000"),
+        (f"settings: {{sequence_length: {10**30}}}", "settings.sequence_length: Input should be less than or equal to 1000000000"),
+    ],
+)
+def test_what_has_no_place_on_an_axis_is_a_mistake_like_others(tmp_path: Path, text: str, words: str) -> None:
+    plain = {
+        "suite": "suite: t",
+        "axes": "axes: {stage: [sft], model: [bloom-tiny], strategy: [naive]}",
+        "stages": "stages: {sft: {steps: 4}}",
+    }
+    file = tmp_path / "s.yaml"
+    file.write_text("\n".join({**plain, text.partition(":")[0]: text}.values()))
+    with pytest.raises(UserError) as refusal:
+        make_plan(file)
+    assert words in str(refusal.value)

@@ -1,5 +1,5 @@
 "use strict";
-// Sorting and toggles only; without scripts the page shows everything.
+// Sorting, toggles and what is folded on paper; without scripts the page shows everything.
 document.documentElement.classList.add("scripted");
 
 const key = (cell) => {
@@ -36,6 +36,17 @@ for (const table of document.querySelectorAll("table.sortable")) {
     });
   });
 }
+
+const unfolded = [];
+addEventListener("beforeprint", () => {
+  for (const folded of document.querySelectorAll("details:not([open])")) {
+    folded.open = true;
+    unfolded.push(folded);
+  }
+});
+addEventListener("afterprint", () => {
+  for (const details of unfolded.splice(0)) details.open = false;
+});
 
 for (const button of document.querySelectorAll(".toggles button")) {
   button.addEventListener("click", () => {

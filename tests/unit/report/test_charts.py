@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from bench.report.commands import report
 from bench.report.plots import STYLES
 from bench.report.svg import DASHES, MOST_SETTINGS, NAME_CHARACTER, SETTINGS_CHARACTER, Bar, Change, bar_chart, change_chart, settings_lines
+from bench.strategies.base import all_strategies
 from tests.unit.report.trial_factory import make_cell, make_record, quick_suite, write
 
 TEMPLATES = Path(__file__).parents[3] / "bench" / "report" / "templates"
@@ -61,7 +63,7 @@ def test_rows_with_settings_do_not_overlap_the_next() -> None:
         [Bar("a", (("median", 1.0, 1),), settings=f"global_batch 32, {LONG}"), Bar("b", (("median", 1.0, 1),))], title="t", unit="s"
     )
     heights = [float(y) for y in re.findall(r'class="bar-(?:label|settings)" x="\d+" y="([\d.]+)"', svg)]
-    assert all(after - before >= 11 for before, after in zip(heights, heights[1:], strict=False))
+    assert all(after - before >= 11 for before, after in pairwise(heights))
 
 
 def test_no_two_styles_share_colour_and_dash() -> None:
@@ -71,7 +73,7 @@ def test_no_two_styles_share_colour_and_dash() -> None:
 
 
 def test_fifteen_strategies_are_told_apart_in_lines_and_legend(tmp_path: Path) -> None:
-    names = ["naive", *(f"strategy{index:02}" for index in range(14))]
+    names = sorted(all_strategies())
     write(tmp_path / "records", *(make_record(make_cell("sft", name)) for name in names))
     page = report(tmp_path / "records", tmp_path / "out").html.read_text(encoding="utf-8")
     known = colours()
@@ -83,7 +85,7 @@ def test_fifteen_strategies_are_told_apart_in_lines_and_legend(tmp_path: Path) -
     keys = re.findall(
         r'<li class="s(\d+)" data-strategy="(\w+)">.*?<polyline points="[^"]*"(?: stroke-dasharray="([^"]*)")?/>', legend, flags=re.DOTALL
     )
-    assert len({(known[int(style)], dash) for style, _, dash in lines}) == len(names) == 15
+    assert len({(known[int(style)], dash) for style, _, dash in lines}) == len(names) >= 15
     assert sorted(keys) == sorted(lines)
 
 
