@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from bench.errors import CheckpointError
-from bench.weights_file import Stored, listing, pieces, read_into, stored_tensors
+from bench.weights_file import Stored, json_object, listing, pieces, read_into, stored_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -86,7 +86,7 @@ def _hash_folder(folder: Path) -> str:
                 digest.update(piece)
             seen = True
     if (folder / "config.json").is_file():
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json_object(folder / "config.json", "model configuration")
         kept = {key: value for key, value in config.items() if key not in _NOT_HASHED_IN_CONFIG}
         digest.update(b"\nconfig " + json.dumps(kept, sort_keys=True).encode())
     if not seen:
@@ -308,7 +308,7 @@ def load_checkpoint(module: nn.Module, folder: Path, *, part: Literal["all", "ba
 def read_facts(folder: Path) -> dict[str, Any]:
     """What checkpoint.json says, {} for a folder that another program wrote; torch-free."""
     path = Path(folder) / FACTS
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return json_object(path, "facts of a checkpoint") if path.is_file() else {}
 
 
 def _targets(module: nn.Module) -> dict[str, torch.Tensor]:

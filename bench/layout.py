@@ -6,13 +6,23 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from bench.errors import UserError
+
 CACHE_VARIABLE = "COATI_BENCH_CACHE"
+
+
+def expanded(path: str | Path) -> Path:
+    """`path` with a `~` at its beginning spelled out. Raises UserError where nobody's home is meant."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{path}: there is no such home folder; seen: {Path(path).parts[0]}; a path without ~ would be right") from None
 
 
 def cache_folder(cache: Path | None = None) -> Path:
     """Where what outlives a suite lies: `cache`, else the environment's COATI_BENCH_CACHE, else the user's cache folder."""
     given = cache or os.environ.get(CACHE_VARIABLE) or _users_cache()
-    return Path(given).expanduser().absolute()
+    return expanded(given).absolute()
 
 
 def _users_cache() -> Path:

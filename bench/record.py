@@ -16,7 +16,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from bench.cell import SCHEMA_MAJOR, STRICT, Cell, cell_from_json
-from bench.errors import RecordError
+from bench.errors import RecordError, UserError
 
 SCHEMA = f"coati-bench/record/{SCHEMA_MAJOR}"
 
@@ -258,8 +258,12 @@ def first_problem(error: ValidationError) -> str:
 
 
 def write_json(content: Any, path: Path) -> None:
-    """Write JSON atomically: a reader sees the old file or the new one, and NaN is refused before anything is written."""
+    """Write JSON atomically: a reader sees the old file or the new one, and NaN is refused before anything is written.
+
+    A link to a file stays a link, and the file is replaced. Raises UserError for what is there and no file: it would be lost.
+    """
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    path = _replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -272,3 +276,11 @@ def write_json(content: Any, path: Path) -> None:
     except BaseException:
         os.unlink(name)
         raise
+
+
+def _replaceable(path: Path) -> Path:
+    """`path`, or the file that it is a link to."""
+    if os.path.lexists(path) and not path.is_file():
+        what = "a folder" if path.is_dir() else "a link to nothing" if path.is_symlink() else "a device, pipe or socket"
+        raise UserError(f"{path}: cannot be replaced by a file; seen: {what}; the path of a file, or of none yet, would be right")
+    return Path(os.path.realpath(path)) if path.is_symlink() else path

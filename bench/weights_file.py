@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
+import re
 import struct
+import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,6 +30,16 @@ class Stored(NamedTuple):
     end: int
     name: str
 
+
+METADATA = "__metadata__"
+"""The entry of a header that is no tensor."""
+
+DTYPE_BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64), **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16), **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6), "F4": 4,
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+}  # fmt: skip
+"""Type of a safetensors file -> bits of one number (safetensors, src/tensor.rs, Dtype::bitsize)."""
 
 READ_BYTES, READERS = 1 << 26, 8
 """How much is read at once, and how many such reads are under way."""
@@ -48,23 +62,91 @@ def stored_tensors(files: list[Path]) -> dict[str, Stored]:
     tensors: dict[str, Stored] = {}
     for path in files:
         header, start = read_header(path)
-        for name, item in header.items():
-            if name != "__metadata__":
-                begin, end = item["data_offsets"]
-                tensors[name] = Stored(path, item["dtype"], item["shape"], start + begin, start + end, name)
+        found = [_stored(path, name, item, start) for name, item in header.items() if name != METADATA]
+        _check_data(path, found, start)
+        tensors |= {item.name: item for item in found}
     return tensors
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """Header of a safetensors file and where its data begin (format: 8 bytes length, JSON, data)."""
+    """Header of a safetensors file and where its data begin (format: 8 bytes length, JSON, data).
+
+    It is a JSON object, and its `__metadata__`, if there, are texts by name. Raises CheckpointError.
+    """
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > path.stat().st_size:
                 raise ValueError("its header is longer than the file")
-            return json.loads(file.read(length)), 8 + length
-    except (OSError, ValueError, struct.error) as error:
-        raise CheckpointError(f"{path}: no safetensors file; {error}; a complete one would be right") from None
+            header = json.loads(file.read(length))
+    except (OSError, ValueError, struct.error, RecursionError) as error:
+        raise _no_safetensors(path, _json_fault(error)) from None
+    if not isinstance(header, dict):
+        raise _no_safetensors(path, f"its header is JSON, but no object: {_short(header)}")
+    metadata = header.get(METADATA, {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _no_safetensors(path, f"its header's {METADATA} is no object of texts: {_short(metadata)}")
+    return header, 8 + length
+
+
+def json_object(path: Path, what: str) -> dict[str, Any]:
+    """The JSON object in `path`. Raises CheckpointError: it is no `what`."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: no {what}; {_json_fault(error)}; a JSON object would be right") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: no {what}; seen: {_short(content)}; a JSON object would be right")
+    return content
+
+
+def _no_safetensors(path: Path, seen: str) -> CheckpointError:
+    return CheckpointError(f"{path}: no safetensors file; {seen}; a complete one would be right")
+
+
+def _json_fault(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "its JSON is nested too deeply"
+    if "set_int_max_str_digits" in str(error):
+        return "it has a number with more digits than any size"
+    return f"{error.strerror}" if isinstance(error, OSError) else str(error)
+
+
+def _short(value: Any) -> str:
+    return text if len(text := repr(value)) <= 60 else f"{text[:57]}..."
+
+
+def _stored(path: Path, name: str, item: Any, start: int) -> Stored:
+    """One entry of a header as it should be: a known type, a shape, and as many bytes as these two need."""
+    fields: list[Any] = [item.get(key) if isinstance(item, dict) else None for key in ("dtype", "shape", "data_offsets")]
+    dtype, shape, offsets = fields
+    right = isinstance(dtype, str) and dtype in DTYPE_BITS and _are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2
+    if not right or not name.isprintable():
+        wanted = '{"dtype": a known type, "shape": [sizes], "data_offsets": [begin, end]}'
+        raise _no_safetensors(path, f"its header has {_short(name)}: {_short(item)}, which is not {wanted}")
+    begin, end = offsets
+    if (needed := prod(shape) * DTYPE_BITS[dtype]) != 8 * (end - begin):
+        raise _damaged(path, f"{name} has {end - begin} bytes; {dtype} {shape} is {needed / 8:g}")
+    return Stored(path, dtype, shape, start + begin, start + end, name)
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 1 << 63 for item in value)
+
+
+def _check_data(path: Path, tensors: list[Stored], start: int) -> None:
+    """Raise CheckpointError unless the tensors follow each other without gaps to the very end of the file, as the format has it."""
+    at, size = start, path.stat().st_size
+    for item in sorted(tensors, key=lambda item: (item.begin, item.end)):
+        if item.begin != at:
+            raise _damaged(path, f"{item.name} begins at byte {item.begin}; what is before it ends at {at}")
+        at = item.end
+    if at != size:
+        raise _damaged(path, f"{size} bytes; its header speaks of {at}")
+
+
+def _damaged(path: Path, seen: str) -> CheckpointError:
+    return CheckpointError(f"{path}: damaged or cut off; seen: {seen}; a complete safetensors file would be right")
 
 
 def read_into(wanted: Iterable[tuple[Stored, torch.Tensor]]) -> None:
@@ -147,14 +229,16 @@ def weight_files(path: Path) -> list[Path]:
         return found
     if not path.exists():
         raise CheckpointError(f"{path}: no such file; weights (.safetensors, .pt, an index of shards, a folder) would be right")
+    if not path.is_file():
+        raise CheckpointError(f"{path}: neither file nor folder, but a device or the like; a file or folder of weights would be right")
     return _shards(path) if path.name.endswith(".index.json") else [path]
 
 
 def _shards(index: Path) -> list[Path]:
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{index}: no index of shards; a JSON object with `weight_map` would be right") from None
+    places = json_object(index, "index of shards").get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise CheckpointError(f"{index}: no index of shards; seen: {_short(places)}; a `weight_map` of names and files would be right")
+    names = sorted(set(places.values()))
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing or not names:
         raise CheckpointError(f"{index}: shards are missing; seen: {len(names) - len(missing)} of {len(names)}; wanted: {missing[:4]}")
@@ -187,7 +271,11 @@ def load_tensors(files: list[Path]) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for path in files:
         try:
-            found |= load_file(path) if is_safetensors(path) else load_state_dict_file(path)
+            if is_safetensors(path):
+                stored_tensors([path])  # says more clearly what is wrong
+                found |= load_file(path)
+            else:
+                found |= load_state_dict_file(path)
         except SafetensorError as error:
             raise CheckpointError(f"{path}: no safetensors file; {error}; a complete one would be right") from None
     return found
@@ -201,12 +289,23 @@ def load_plain(path: Path, what: str, right: str, *, device: str = "cpu") -> Any
     import torch
 
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of what is then an error
+            return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; {right} would be right") from None
     except Exception as error:  # noqa: BLE001  a torn pickle makes its reader stumble in any way
-        seen = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path}: no {what}; {seen}; {right} would be right") from None
+        raise CheckpointError(f"{path}: no {what}; {_torch_fault(error)}; {right} would be right") from None
+
+
+def _torch_fault(error: Exception) -> str:
+    """What is wrong, in our words: torch's advise to let the file run its code."""
+    text = str(error)
+    if found := re.search(r"(?:\bGLOBAL |with )(TorchScript|(?<=GLOBAL )\S+)", text):
+        return f"it holds more than tensors and plain values: {found[1]}; nothing of it was run"
+    if isinstance(error, pickle.UnpicklingError):
+        return "it is damaged, or no file of torch.save"
+    seen = (text.splitlines() or [""])[0].partition(". ")[0]
+    return f"damaged or cut off: {seen or type(error).__name__}"
 
 
 def load_state_dict_file(path: Path, *, device: str = "cpu") -> dict[str, torch.Tensor]:
@@ -214,6 +313,7 @@ def load_state_dict_file(path: Path, *, device: str = "cpu") -> dict[str, torch.
     import torch
 
     content = load_plain(path, "state dict", "a state dict (a file of torch.save with names and tensors)", device=device)
-    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+    named = isinstance(content, dict) and all(isinstance(name, str) for name in content)
+    if not named or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise CheckpointError(f"{path}: no state dict; seen: {type(content).__name__}; a dict of names and tensors would be right")
     return content

@@ -95,19 +95,21 @@ class _Part:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn what a disk says while `path` is written into an error for the user; a `.part` file stays for the next try."""
+def writing(path: Path, *, fetched: bool = True) -> Iterator[None]:
+    """Turn what a disk says while `path` is written into an error for the user; a `.part` file stays for the next try.
+
+    `fetched`: it lies where fetched data do, which the user may place elsewhere; else the user has named `path` itself.
+    """
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            kept = " (data: --cache, COATI_BENCH_CACHE); what has arrived is kept and continued" if fetched else ""
             raise MachineError(
-                f"{path}: cannot be written: {os.strerror(error.errno)}; free some space, or use another disk (data: --cache,"
-                " COATI_BENCH_CACHE); what has arrived is kept and continued"
+                f"{path}: cannot be written: {os.strerror(error.errno)}; free some space, or use another disk{kept}"
             ) from None
-        raise UserError(
-            f"{path}: cannot be written: {error.strerror}; use a folder that can be written (data: --cache, COATI_BENCH_CACHE)"
-        ) from None
+        right = "use a folder that can be written (data: --cache, COATI_BENCH_CACHE)" if fetched else "name a file that can be written"
+        raise UserError(f"{path}: cannot be written: {error.strerror}; {right}") from None
 
 
 def discard_part(path: Path) -> None:

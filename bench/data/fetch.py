@@ -21,7 +21,7 @@ from bench.data.formats import read_rows
 from bench.data.manifest import Manifest, describe, load_manifest, save_manifest
 from bench.data.sources import Source, resolve
 from bench.errors import BenchError, DataError, MachineError, UserError
-from bench.layout import CACHE_VARIABLE
+from bench.layout import CACHE_VARIABLE, expanded
 
 _log = logging.getLogger(__name__)
 
@@ -163,7 +163,7 @@ def _kept(job: _Job) -> Manifest | None:
 
 
 def _copy(job: _Job, given: str) -> Manifest:
-    path = Path(given).expanduser().absolute()
+    path = expanded(given).absolute()
     if path.is_dir():
         path = path / job.source.file_name
     if not path.is_file():
@@ -248,7 +248,7 @@ def _settle(job: _Job, found: Path, origin: str, base: Manifest | None) -> Manif
         for part in parts:
             discard_part(part)
         job.slot.unaccepted.unlink(missing_ok=True)
-        save_manifest(manifest, job.slot.manifest)
+        save_manifest(manifest, job.slot.manifest, fetched=True)
     for note in manifest.notes:
         job.say(f"{job.source.name}: {note}")
     return manifest

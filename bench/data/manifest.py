@@ -112,9 +112,9 @@ def manifest_to_json(manifest: Manifest) -> dict[str, Any]:
     return content
 
 
-def save_manifest(manifest: Manifest, path: Path) -> None:
-    """Write the manifest, atomically."""
-    with writing(path):
+def save_manifest(manifest: Manifest, path: Path, *, fetched: bool = False) -> None:
+    """Write the manifest, atomically; `fetched`: the one beside fetched data, not one that the user has named."""
+    with writing(path, fetched=fetched):
         write_json(manifest_to_json(manifest), path)
 
 

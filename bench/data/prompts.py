@@ -22,13 +22,13 @@ def sample_prompts(source: Path, target: Path, *, count: int, seed: int = 42, re
     """
     if count < 1:
         raise UserError(f"--count {count}: draw at least 1 prompt")
-    if target.exists() and target.samefile(source):
+    if target.exists() and source.exists() and target.samefile(source):
         raise UserError(f"{target}: is the file that prompts are drawn from; give another name for the result")
     rows = read_rows(source, "prompts", rejected_share=rejected_share).rows
     if count > len(rows):
         raise DataError(f"{source}: has {len(rows)} usable rows, {count} prompts are to be drawn without replacement; lower --count")
     drawn = Draws(f"prompts:{seed}").sample(rows, count)
     prompts = [{"instruction": row["instruction"], "id": number} for number, row in enumerate(drawn)]
-    with writing(target):
+    with writing(target, fetched=False):
         write_json(prompts, target)
     return prompts

@@ -88,8 +88,11 @@ def _parquet_rows(path: Path) -> Iterator[Raw]:
                 for row in batch.to_pylist():
                     line += 1
                     yield Raw(line, row)
-    except pa.ArrowException as error:
-        raise DataError(f"{path}: the Parquet file is damaged or cut off: {str(error).splitlines()[0]}; fetch it again") from None
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the disk; pyarrow's own, on what it cannot unpack, has no number
+        seen = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise DataError(f"{path}: the Parquet file is damaged or cut off: {seen}; fetch it again") from None
 
 
 def _text_rows(path: Path, file: Stream) -> Iterator[Raw]:
@@ -144,7 +147,14 @@ def _parsed_line(number: int, text: str) -> Raw:
     except json.JSONDecodeError as error:
         return Raw(number, None, f"not JSON: {error.msg} at column {error.colno}")
     except (ValueError, RecursionError) as error:
-        return Raw(number, None, f"not usable JSON: {error}")
+        return Raw(number, None, f"not usable JSON: {_limit(error)}")
+
+
+def _limit(error: Exception) -> str:
+    """Which limit valid JSON goes beyond."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply; a row is an object of texts"
+    return "a number has too many digits; a row has texts, and its id at most 4300 digits"
 
 
 def _not_utf8(path: Path, offset: int, byte: int, line: int) -> DataError:
@@ -241,7 +251,7 @@ def _array_value(text: _Text, count: int) -> Any:
             if len(text.text) - text.at > LONGEST_ROW_BYTES or not text.more():
                 raise _broken_array(text, count, error.msg) from None
         except (ValueError, RecursionError) as error:
-            raise _broken_array(text, count, str(error)) from None
+            raise _broken_array(text, count, _limit(error)) from None
     text.move(end)
     return value
 

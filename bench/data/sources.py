@@ -14,6 +14,7 @@ from typing import Literal
 
 from bench.data.formats import Kind, guess_kind
 from bench.errors import BenchError, DataError
+from bench.layout import expanded
 
 DERIVED: dict[str, Kind] = {"synthetic-instruct": "instruct", "synthetic-pairs": "pairs"}
 """Suffix after `+` -> the kind of rows that are made from a base's prompts."""
@@ -241,7 +242,7 @@ def _local(name: str, folder: Path | None) -> Source:
     given = name.removeprefix("file:")
     if not given:
         raise DataError("data 'file:' names no file; give its path, for example file:data/rows.jsonl")
-    path = ((folder or Path()) / Path(given).expanduser()).absolute()
+    path = ((folder or Path()) / expanded(given)).absolute()
     if not path.exists():
         raise DataError(f"data {name!r}: there is no file {path}; give the path of a JSON, JSON Lines or Parquet file")
     if not path.is_file():

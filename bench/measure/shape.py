@@ -6,13 +6,11 @@ adapters or without. Biases, norms and embedding look-ups take part in no matrix
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.models.presets import PRESETS, config_parameter_count
+from bench.models.presets import config_numbers, config_parameter_count
 
 
 class Matrix(NamedTuple):
@@ -158,19 +156,21 @@ class Network:
 def shape_of(name: str) -> Shape | None:
     """The shape of model `name`: a preset, or a folder with config.json.
 
-    None where the numbers are not at hand (a hub id) or the architecture is not one of those below.
+    None where the numbers are not at hand (a hub id, a name of transformers' that is not read here) or the architecture is not one of those
+    below.
     """
-    preset = PRESETS.get(name)
-    path = Path(name).expanduser() / "config.json"
-    if preset is not None:
-        return shape_of_config({**preset.config, "model_type": preset.model_type})
-    return shape_of_config(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    return shape_of_config(config_numbers(name))
 
 
 def shape_of_config(config: dict[str, Any]) -> Shape | None:
-    """The shape of a model by its configuration, as transformers writes it; None where the architecture is not one of those below."""
+    """The shape of a model by its configuration, as transformers writes it; None where the architecture is not one of those below, or a number
+    has another name.
+    """
     parameters, read = config_parameter_count(config), _READERS.get(str(config.get("model_type")))
-    return None if parameters is None or read is None else read(config, parameters)
+    try:
+        return None if parameters is None or read is None else read(config, parameters)
+    except KeyError:
+        return None
 
 
 SIZES = frozenset({

@@ -23,6 +23,7 @@ from transformers.modeling_utils import no_init_weights
 from bench.cell import Cell
 from bench.checkpoint import load_checkpoint
 from bench.errors import UserError
+from bench.layout import expanded
 from bench.models.presets import PRESETS, model_problem
 from bench.models.random_weights import draw
 from bench.models.tokenizer import load_tokenizer
@@ -163,7 +164,8 @@ def _source(cell: Cell) -> tuple[str, str | None]:
         return cell.settings.weights, None
     preset = PRESETS.get(cell.model)
     if preset is None:
-        return str(Path(cell.model).expanduser()) if Path(cell.model).expanduser().exists() else cell.model, None
+        folder = expanded(cell.model)
+        return str(folder) if folder.exists() else cell.model, None
     if preset.hub_id is None:
         raise UserError(
             f"model {cell.model!r}: no weights or tokenizer of this shape are published; seen: weights {cell.settings.weights!r}; "

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
+from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bench.checkpoint import HEAD, LM_HEAD, embedding_name, meta_model
 from bench.errors import CheckpointError, UserError
+from bench.layout import expanded
 from bench.models.coati_keys import HEAD_BIAS, match_names
-from bench.models.presets import PRESETS, Preset
+from bench.models.presets import PRESETS, Preset, model_problem
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -65,7 +66,12 @@ def fit_to(model: str, config: PretrainedConfig, shapes: Shapes) -> Fit | None:
         return None
     plain = {new: shapes[old][1] for old, new in names.found.items() if ".lora_" not in new}
     plain = {name.replace(".base_layer.", "."): shape for name, shape in plain.items()}
-    rows = plain.get(embedding_name(config), [config.vocab_size])[0]
+    embedding = plain.get(embedding_name(config), [config.vocab_size, 1])
+    if len(embedding) != 2 or not prod(embedding):
+        return None
+    rows = embedding[0]
+    if isinstance(config.pad_token_id, int) and config.pad_token_id >= rows:
+        return None
     config.vocab_size = rows
     wanted = {name: list(tensor.shape) for name, tensor in meta_model(config).state_dict().items()}
     missing = wanted.keys() - plain.keys() - {LM_HEAD}
@@ -89,18 +95,25 @@ def find_model(source: str, shapes: Shapes) -> tuple[str, PretrainedConfig]:
 
 
 def named_config(model: str) -> PretrainedConfig:
-    """The architecture of a preset, or of a folder with config.json. Raises UserError."""
+    """The architecture of a preset, or of a folder with config.json. Raises UserError, also if no model can be made of it."""
     from transformers import AutoConfig
 
     if model in PRESETS:
         return preset_config(PRESETS[model])
-    if not (Path(model) / "config.json").is_file():
+    folder = expanded(model)
+    if not (folder / "config.json").is_file():
         raise UserError(f"model {model!r}: no preset and no folder with config.json is called so; presets: {', '.join(PRESETS)}")
+    if problem := model_problem(model):
+        raise UserError(f"{model}: {problem}")
     try:
-        return AutoConfig.from_pretrained(model, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        meta_model(config)
+    except Exception as error:  # noqa: BLE001  odd values make transformers stumble in any way
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{model}/config.json: no architecture that transformers knows; {first}") from None
+        raise UserError(
+            f"{model}/config.json: no architecture that transformers knows; {first}; that of a language model would be right"
+        ) from None
+    return config
 
 
 def preset_config(preset: Preset) -> PretrainedConfig:
@@ -114,5 +127,5 @@ def embedding_rows(state: Mapping[str, Any], config: PretrainedConfig) -> int | 
     """Rows of the input embedding in a state dict under any prefix: the vocabulary that it was trained with."""
     name = embedding_name(config)
     tail = name.removeprefix(f"{meta_model(config).base_model_prefix}.")
-    found = [tensor for key, tensor in state.items() if f".{key}".endswith((f".{name}", f".{tail}"))]
+    found = [tensor for key, tensor in state.items() if f".{key}".endswith((f".{name}", f".{tail}")) and tensor.ndim and tensor.numel()]
     return int(found[0].shape[0]) if len(found) == 1 else None

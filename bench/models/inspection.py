@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.checkpoint import checkpoint_sha256
+from bench.errors import CheckpointError
 from bench.models.fit import Fit, Shapes, fit_to, fitting_models, named_config
-from bench.weights_file import is_safetensors, read_header, tensor_shapes, weight_files
+from bench.weights_file import METADATA, is_safetensors, read_header, tensor_shapes, weight_files
 
 
 def inspect_checkpoint(path: Path) -> dict[str, Any]:
@@ -24,7 +25,7 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
     stored = [file for file in files if is_safetensors(file)]
     facts: dict[str, Any] = {}
     for file in stored:
-        facts |= json.loads(read_header(file)[0].get("__metadata__", {}).get("coati-bench", "{}"))
+        facts |= _facts(file)
     return {
         "format": "safetensors" if stored else "pickle", "files": [file.name for file in files], "tensors": len(shapes),
         "parameters": sum(prod(shape) for _, shape in shapes.values()), "dtypes": sorted({dtype for dtype, _ in shapes.values()}),
@@ -33,6 +34,18 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
         "fits": [str(fit) for fit in _fits(files[0].parent, shapes)], "facts": facts,
         "sha256": checkpoint_sha256(path) if path.is_dir() and stored else None,
     }  # fmt: skip
+
+
+def _facts(file: Path) -> dict[str, Any]:
+    """What this project noted in the header of a safetensors file. Raises CheckpointError."""
+    noted = read_header(file)[0].get(METADATA, {}).get("coati-bench", "{}")
+    try:
+        facts = json.loads(noted)
+    except (ValueError, RecursionError):
+        facts = None
+    if not isinstance(facts, dict):
+        raise CheckpointError(f"{file}: its metadata `coati-bench` are no facts; seen: {noted[:60]!r}; a JSON object would be right")
+    return facts
 
 
 def _fits(folder: Path, shapes: Shapes) -> list[Fit]:

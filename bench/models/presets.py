@@ -18,6 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.errors import UserError
+from bench.layout import expanded
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preset:
@@ -169,10 +172,13 @@ def model_problem(name: str) -> str | None:
     """Why `name` names no model, or None: a preset, a folder with config.json and a hub id `org/name` do."""
     if name in PRESETS:
         return None
-    if (path := Path(name).expanduser() / "config.json").is_file():
-        wrong = "config.json of this folder is no JSON object; a model folder has one that transformers wrote"
-        return wrong if _read_config(path) is None else None
-    if Path(name).expanduser().exists():
+    try:
+        folder = expanded(name)
+    except UserError as error:
+        return str(error)
+    if (folder / "config.json").is_file():
+        return _config_problem(_read_config(folder / "config.json"))
+    if folder.exists():
         return "this path has no config.json; a model folder has one, next to its weights"
     if _HUB_ID.fullmatch(name) and not name.startswith("."):
         return None
@@ -212,19 +218,58 @@ def vocabulary_size(name: str) -> int | None:
 
 
 def config_numbers(name: str) -> dict[str, Any]:
-    """The configuration of a preset or of a model folder; empty where there is none to be read."""
+    """The configuration of a preset or of a model folder; empty where there is none to be read, or a wrong one (`model_problem`)."""
     if preset := PRESETS.get(name):
         return {**preset.config, "model_type": preset.model_type}
-    return _read_config(Path(name).expanduser() / "config.json") or {}
+    return {} if model_problem(name) else _read_config(expanded(name) / "config.json") or {}
 
 
 def _read_config(path: Path) -> dict[str, Any] | None:
     """The JSON object in `path`, or None."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
+
+
+def _config_problem(config: dict[str, Any] | None) -> str | None:
+    """Why this is the configuration of no model, or None; the sizes are looked at of the architectures below, others have their own."""
+    if config is None:
+        return "config.json of this folder is no JSON object; a model folder has one that transformers wrote"
+    family = config.get("model_type", "")
+    if not isinstance(family, str):
+        return f"config.json of this folder has no architecture; seen: model_type {_short(family)}; its name in transformers would be right"
+    return _size_problem(config) if family in _COUNTS else None
+
+
+def _size_problem(config: dict[str, Any]) -> str | None:
+    wrong = "config.json of this folder has a wrong size; seen:"
+    for name, most in _MOST.items():
+        if not _is_size(config.get(name, 1), most) and not (name in _MAY_BE_NULL and config[name] is None):
+            return f"{wrong} {name} {_short(config[name])}; a whole number from 1 to {most} would be right"
+    width, heads = (next((config[name] for name in names if name in config), 1) for names in (_WIDTHS, _HEADS))
+    if width % heads and not config.get("head_dim"):
+        return f"{wrong} {heads} heads for a width of {width}; a divisor of it would be right"
+    return None
+
+
+def _is_size(value: Any, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
+
+
+def _short(value: Any) -> str:
+    return text if len(text := repr(value)) <= 60 else f"{text[:57]}..."
+
+
+_WIDTHS, _HEADS = ("hidden_size", "n_embd"), ("num_attention_heads", "n_head")
+_MOST = {
+    **dict.fromkeys(("n_layer", "num_hidden_layers"), 100_000),
+    **dict.fromkeys((*_WIDTHS, *_HEADS, "vocab_size", "n_positions", "n_inner", "num_key_value_heads", "head_dim", "intermediate_size",
+                     "ffn_dim", "word_embed_proj_dim", "max_position_embeddings"), 2**31 - 1),
+}  # fmt: skip
+"""Size in config.json -> the most that it can be: what is larger is a slip, and would be built for hours."""
+_MAY_BE_NULL = ("n_inner", "num_key_value_heads", "head_dim")
 
 
 def _count_bloom(config: dict[str, Any]) -> int:

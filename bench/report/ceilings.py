@@ -25,7 +25,8 @@ def read_ceilings(files: Iterable[Path]) -> dict[str, Mapping[str, float]]:
     found: dict[str, Mapping[str, float]] = {}
     for file in files:
         for ceilings in _in_file(file):
-            rates = {dtype: _rate(file, dtype, rate) for dtype, rate in ceilings["matrix_flops_per_second"].items() if rate is not None}
+            given = ceilings["matrix_flops_per_second"].items()
+            rates = {dtype: _rate(file, dtype, rate) for dtype, rate in given if rate not in (None, 0)}
             found.setdefault(str(ceilings["device"]), rates)
     return found
 
@@ -33,7 +34,7 @@ def read_ceilings(files: Iterable[Path]) -> dict[str, Mapping[str, float]]:
 def _rate(file: Path, dtype: str, rate: Any) -> float:
     if isinstance(rate, (int, float)) and not isinstance(rate, bool) and 0 < rate <= MOST:
         return float(rate)
-    raise UserError(f"{file}: no ceiling; seen: {dtype} {repr(rate)[:60]}; FLOP/s above 0 and at most {MOST:g}, or null, would be right")
+    raise UserError(f"{file}: no ceiling; seen: {dtype} {repr(rate)[:60]}; FLOP/s of at most {MOST:g}, or null, would be right")
 
 
 def _in_file(file: Path) -> list[dict[str, Any]]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import jsonschema
 import pytest
 
 from bench.cell import cell_from_json, cell_to_json, fingerprint
-from bench.errors import RecordError
+from bench.errors import RecordError, UserError
 from bench.record import Lap, Part, Record, load_part, load_record, record_schema, save_part, save_record, write_json
 
 CELL = cell_from_json({"stage": "sft", "model": "bloom-tiny", "strategy": "naive", "steps": 2})
@@ -99,3 +101,32 @@ def test_a_file_that_is_no_json_is_told_with_what_it_says(tmp_path: Path) -> Non
     path.write_text("no record at all", encoding="utf-8")
     with pytest.raises(RecordError, match=r"0\.json: not a record; at \(file\): Invalid JSON: .*; seen: 'no record at all'"):
         load_record(path)
+
+
+def test_json_is_written_through_a_link_to_a_file(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "real.json").write_text("{}")
+    (tmp_path / "link.json").symlink_to("there/real.json")
+    write_json([1], tmp_path / "link.json")
+    assert (tmp_path / "link.json").is_symlink()
+    assert json.loads((tmp_path / "there" / "real.json").read_text()) == [1]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["link.json", "real.json", "there"]
+
+
+@pytest.mark.parametrize(
+    ("make", "seen"),
+    [
+        (lambda path: path.mkdir(), "a folder"),
+        (os.mkfifo, "a device, pipe or socket"),
+        (lambda path: path.symlink_to("nothing"), "a link to nothing"),
+        (lambda path: path.symlink_to(path), "a link to nothing"),
+    ],
+)
+def test_what_is_no_file_is_never_replaced_by_json(make: Callable[[Path], None], seen: str, tmp_path: Path) -> None:
+    path = tmp_path / "there.json"
+    make(path)
+    before = path.lstat()
+    with pytest.raises(UserError, match=f"cannot be replaced by a file; seen: {seen}; "):
+        write_json([1], path)
+    assert (path.lstat().st_ino, path.lstat().st_mode) == (before.st_ino, before.st_mode)
+    assert list(tmp_path.iterdir()) == [path]

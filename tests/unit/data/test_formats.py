@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import tracemalloc
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -150,8 +151,8 @@ def test_a_row_that_is_not_usable_is_rejected_with_its_reason(tmp_path: Path, li
         ('{"instruction": "a", "output": "b"', "not JSON: Expecting ',' delimiter at column 35"),
         ("instruction,output", "not JSON: Expecting value at column 1"),
         ('{"instruction": "a", "output": "b"} {}', "not JSON: Extra data at column 37"),
-        ("[" * 100_000, "not usable JSON: maximum recursion depth exceeded"),
-        ('{"id": ' + "9" * 5000 + "}", "not usable JSON: Exceeds the limit (4300 digits)"),
+        ("[" * 100_000, "not usable JSON: nested too deeply; a row is an object of texts"),
+        ('{"id": ' + "9" * 5000 + "}", "not usable JSON: a number has too many digits; a row has texts"),
     ],
 )
 def test_a_line_that_is_no_json_is_rejected_and_the_rest_is_read(tmp_path: Path, line: str, reason: str) -> None:
@@ -283,6 +284,32 @@ def test_a_damaged_parquet_file_is_told(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(DataError, match="the Parquet file is damaged or cut off"):
         read_rows(path, "prompts")
+
+
+@pytest.mark.parametrize(("compression", "why"), [("snappy", "Corrupt snappy compressed data"), ("none", "'utf-8' codec can't decode")])
+def test_a_parquet_file_with_a_flipped_byte_is_told_in_one_line(compression: str, why: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"instruction": [f"ask {i} {i}" for i in range(300)], "output": ["yes"] * 300}), path, compression=compression)
+    whole = path.read_bytes()
+    seen = set()
+    for at in range(40, 2000, 3):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
+        with suppress(DataError):
+            read_rows(path, "instruct", rejected_share=1.0)
+            continue
+        with pytest.raises(DataError) as error:
+            read_rows(path, "instruct", rejected_share=1.0)
+        seen.add(str(error.value))
+    told = [text for text in seen if text.startswith(f"{path}: the Parquet file is damaged or cut off: {why}")]
+    assert told
+    assert all(text.endswith("; fetch it again") and "\n" not in text for text in told)
+    assert not any("cannot be read" in text for text in seen)
+
+
+def test_a_number_of_too_many_digits_in_an_array_is_told_in_our_words(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="a number has too many digits; a row has texts") as error:
+        read_rows(save(tmp_path, '[{"id": ' + "9" * 5000 + "}]"), "instruct")
+    assert "sys." not in str(error.value)
 
 
 def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:

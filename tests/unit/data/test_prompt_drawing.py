@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from bench.cli import _exit_code
 from bench.data.commands import app
 from bench.data.fetch import fetch, fetch_for_suite
 from bench.data.formats import read_rows
@@ -68,7 +70,7 @@ def test_no_prompts_and_the_same_file_are_errors(source: Path, tmp_path: Path) -
         sample_prompts(source, tmp_path / "prompts.json", count=0)
     with pytest.raises(UserError, match="is the file that prompts are drawn from"):
         sample_prompts(source, source, count=1)
-    with pytest.raises(UserError, match="cannot be written: File exists; use a folder that can be written"):
+    with pytest.raises(UserError, match="cannot be written: File exists; name a file that can be written"):
         sample_prompts(source, source / "prompts.json", count=1)
 
 
@@ -126,6 +128,43 @@ def test_prompts_are_drawn_by_the_verb(source: Path, tmp_path: Path) -> None:
     shown = invoke("prompts", str(source), str(tmp_path / "p.csv"), "--count", "4", "--seed", "3")
     assert shown == f"{tmp_path / 'p.csv'}: 4 prompts, seed 3\n"
     assert len(json.loads((tmp_path / "p.csv").read_text())) == 4
+
+
+def test_a_source_that_is_not_there_is_told_even_if_the_target_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "o.json").write_text("[]")
+    assert _exit_code(["data", "prompts", str(tmp_path / "nope"), str(tmp_path / "o.json"), "--count", "1"]) == 2
+    assert "nope: cannot be read: No such file or directory; give the path of a data file" in capsys.readouterr().err
+    assert (tmp_path / "o.json").read_text() == "[]"
+
+
+@pytest.mark.parametrize("verb", ["prompts", "fetch"])
+def test_outputs_that_cannot_be_written_are_told_without_a_word_of_the_cache(
+    verb: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    os.mkfifo(tmp_path / "pipe")
+    for target, told in ((tmp_path / "file" / "o", "name a file that can be written"), (tmp_path / "pipe", "seen: a device, pipe or")):
+        given = {
+            "prompts": ["prompts", str(source), str(target), "--count", "1"],
+            "fetch": ["fetch", f"file:{source}", "--manifest", str(target)],
+        }
+        assert _exit_code(["data", *given[verb]]) == 2
+        said = capsys.readouterr().err
+        assert told in said
+        assert "cache" not in said.lower()
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_home_folder_that_there_is_not_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = ["--cache", str(tmp_path)]
+    for arguments in (["file:~nouser/x", *cache], ["rm-static", "--from", "~nouser/x", *cache], ["rm-static", "--cache", "~nouser/x"]):
+        assert _exit_code(["data", "fetch", *arguments]) == 2
+        assert "~nouser/x: there is no such home folder; seen: ~nouser; a path without ~ would be right" in capsys.readouterr().err
+    monkeypatch.setenv("COATI_BENCH_CACHE", "~nouser/x")
+    assert _exit_code(["data", "fetch", "synthetic-prompts"]) == 2
+    assert "there is no such home folder" in capsys.readouterr().err
 
 
 def test_a_manifest_survives_its_file_and_a_wrong_one_is_told(tmp_path: Path) -> None:

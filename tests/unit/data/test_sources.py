@@ -11,6 +11,7 @@ from bench.data.formats import KINDS
 from bench.data.sources import SOURCES, data_problem, resolve
 from bench.errors import DataError
 from bench.layout import file_name
+from bench.suite import _with_absolute_files
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -115,3 +116,11 @@ def test_prompts_of_any_source_can_be_given_generated_answers(tmp_path: Path, mo
     assert derived.base == "instructwild-seed-en"
     assert derived.user_file is None
     assert resolve("file:rows.json+synthetic-pairs").user_file == tmp_path / "rows.json"
+
+
+def test_a_home_folder_that_there_is_not_is_told_at_its_place_in_a_suite(tmp_path: Path) -> None:
+    content = {"stages": {"sft": {"data": "file:~nouser/x"}}, "overlay": {"colossalai": "~nouser/c", "other": "here"}}
+    absolute = _with_absolute_files(content, tmp_path)
+    assert absolute == {**content, "overlay": {"colossalai": "~nouser/c", "other": str(tmp_path / "here")}}
+    told = "~nouser/x: there is no such home folder; seen: ~nouser; a path without ~ would be right"
+    assert data_problem("file:~nouser/x", tmp_path) == told

@@ -105,6 +105,24 @@ def test_a_model_folder_whose_configuration_is_no_json_is_refused_and_has_no_kno
     assert (model_problem(str(tmp_path)), vocabulary_size(str(tmp_path))) == (None, 7)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"hidden_size": "x"}, {"hidden_size": -1}, {"hidden_size": 7}, {"n_layer": True}, {"vocab_size": None}, {"model_type": []}],
+)
+def test_a_model_folder_with_odd_sizes_is_refused_and_has_no_known_sizes(change: dict[str, object], tmp_path: Path) -> None:
+    right = {"model_type": "bloom", "vocab_size": 100, "hidden_size": 8, "n_layer": 1, "n_head": 2, "n_inner": None}
+    (tmp_path / "config.json").write_text(json.dumps(right), encoding="utf-8")
+    assert model_problem(str(tmp_path)) is None
+    (tmp_path / "config.json").write_text(json.dumps(right | change), encoding="utf-8")
+    assert "config.json of this folder has " in str(model_problem(str(tmp_path)))
+    assert (vocabulary_size(str(tmp_path)), parameter_count(str(tmp_path))) == (None, None)
+
+
+def test_a_home_folder_that_there_is_not_is_told() -> None:
+    assert model_problem("~nouser/x") == "~nouser/x: there is no such home folder; seen: ~nouser; a path without ~ would be right"
+    assert parameter_count("~nouser/x") is None
+
+
 def test_presets_import_no_torch() -> None:
     code = "import sys, bench.models.presets; print('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"

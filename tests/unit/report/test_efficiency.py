@@ -169,10 +169,25 @@ def test_files_of_ceilings(tmp_path: Path) -> None:
     assert read_ceilings(files) == {H100: {"bf16": 7e14}, "NVIDIA L4": {"bf16": 9e13}}
 
 
-@pytest.mark.parametrize(("text", "seen"), [("{", "no JSON"), ("{}", "no device with its matrix_flops_per_second"), ("[1]", "no device")])
+@pytest.mark.parametrize(
+    ("text", "seen"),
+    [
+        ("{", "no JSON"),
+        ("{}", "no device with its matrix_flops_per_second"),
+        ("[1]", "no device"),
+        ("[" * 100_000, "no JSON; seen: nested too deeply"),
+    ],
+)
 def test_a_file_that_has_no_ceilings_is_the_users_mistake(tmp_path: Path, text: str, seen: str) -> None:
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(UserError, match=f"{seen}.*doctor --bench --format json. prints would be right"):
+        read_ceilings([tmp_path / "x.json"])
+
+
+@pytest.mark.parametrize("rate", ['"x"', "[1]", "1e999", "NaN", "-1", "true", "{}"])
+def test_a_ceiling_that_is_no_rate_is_the_users_mistake(tmp_path: Path, rate: str) -> None:
+    (tmp_path / "x.json").write_text(f'{{"device": "x", "matrix_flops_per_second": {{"bf16": {rate}}}}}')
+    with pytest.raises(UserError, match=r"x\.json: no ceiling; seen: bf16 .*; FLOP/s of at most 1e\+18, or null, would be right"):
         read_ceilings([tmp_path / "x.json"])
 
 
