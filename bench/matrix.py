@@ -7,24 +7,42 @@ import itertools
 import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError, with_config
 
-from bench.cell import AXES, Cell, Settings, canonical_json, cell_from_json, cell_to_json, digest, identity, validate_settings
+from bench.cell import (
+    AXES,
+    SETTINGS,
+    STRICT,
+    Cell,
+    Count,
+    Name,
+    Settings,
+    canonical_json,
+    cell_from_json,
+    cell_to_json,
+    digest,
+    identity,
+    validate_settings,
+)
 from bench.data.sources import data_problem
 from bench.errors import Mistake, SuiteError, UserError
 from bench.models.named_weights import reward_weights_problem
 from bench.models.presets import model_problem, vocabulary_size
-from bench.record import write_json
+from bench.record import first_problem, write_json
 from bench.stages.base import SPECS
 from bench.strategies.base import all_strategies
 from bench.suite import Known, Limits, Suite, matches, place_of_setting, read_suite, set_of_mistakes, settings_for
 
 PLAN_SCHEMA = "coati-bench/plan/1"
+MOST_LETTERS = 64
+"""Of a suite's name; the pattern in bench/suite.py says so, too."""
+MOST_TRIALS = 1_000_000
+"""Of one plan, all cells together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,8 +117,13 @@ def make_plan(path: Path, *, container: str | None = None) -> Plan:
     """
     suite = read_suite(path, known_names())
     if container is not None:
-        name = re.sub(r"[^a-z0-9._-]", "-", Path(container).name.removesuffix(".sqfs").lower())
-        suite = dataclasses.replace(suite, suite=f"{suite.suite}-in-{name}", settings={**suite.settings, "container": container})
+        name = f"{suite.suite}-in-{re.sub(r'[^a-z0-9._-]', '-', Path(container).name.removesuffix('.sqfs').lower())}"
+        if len(name) > MOST_LETTERS:
+            raise UserError(
+                f"--container {container}: a suite's name has at most {MOST_LETTERS} letters; seen: {len(name)} in {name}; a shorter name "
+                "of the image's file, or of the suite, would be right"
+            )
+        suite = dataclasses.replace(suite, suite=name, settings={**suite.settings, "container": container})
     return expand(suite, str(path))
 
 
@@ -132,6 +155,9 @@ class _Expansion:
             reasons = sorted({skipped.reason for skipped in self.skipped})
             problem = "no cell of this matrix can run: " + "; ".join(reasons or ["all are excluded"])
             self.mistakes.append(Mistake("axes", problem, asdict(self.suite.axes)))
+        if (count := len(self.cells) * self.suite.trials) > MOST_TRIALS:
+            problem = f"{count:,} trials of {len(self.cells):,} cells; a plan has at most {MOST_TRIALS:,}"
+            self.mistakes.append(Mistake("trials", problem, self.suite.trials))
         if self.mistakes:
             raise SuiteError(self.source, sorted(set_of_mistakes(self.mistakes)))
         blocks = self._blocks()
@@ -376,30 +402,132 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
 def save_plan(plan: Plan, path: Path) -> None:
     """Write the plan, atomically; an equal one is left alone."""
     content = plan_to_json(plan)
-    if not path.exists() or json.loads(path.read_text(encoding="utf-8")) != json.loads(json.dumps(content)):
+    if not _holds(path, content):
         write_json(content, path)
 
 
-def load_plan(path: Path) -> Plan:
-    """Return the plan in `path`. Raises UserError if there is none."""
+def _holds(path: Path, content: dict[str, Any]) -> bool:
+    """Whether the file has this content; what cannot be read has not."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return _plan_from_json(content)
+        return bool(json.loads(path.read_bytes()) == json.loads(json.dumps(content)))
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def load_plan(path: Path) -> Plan:
+    """Return the plan in `path`. Raises UserError if there is none, or if it does not fit together."""
+    try:
+        return _plan_from_file(_file_adapter.validate_json(path.read_bytes()))
     except OSError as error:
         raise UserError(f"{path}: no plan to be read: {error.strerror}; `coati-bench plan SUITE --write` makes it") from None
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: not a plan: {error}; `coati-bench plan SUITE --write` makes it anew") from None
+    except ValueError as error:
+        problem = first_problem(error) if isinstance(error, ValidationError) else error
+        raise UserError(f"{path}: not a plan: {problem}; `coati-bench plan SUITE --write` makes it anew") from None
 
 
-def _plan_from_json(content: dict[str, Any]) -> Plan:
-    if content["schema"] != PLAN_SCHEMA:
-        raise ValueError(f"schema {content['schema']!r}, expected {PLAN_SCHEMA!r}")
-    blocks = [{**block, **{key: tuple(block[key]) for key in ("cells", "after", "saves", "data")}} for block in content["blocks"]]
-    return Plan(
-        suite=content["suite"], trials=content["trials"],
-        cells={cell_id: cell_from_json(cell) for cell_id, cell in content["cells"].items()},
-        blocks=tuple(Block(**block) for block in blocks),
-        warm=tuple(Warm(**{**warm, "cell": cell_from_json(warm["cell"]) if warm["cell"] else None}) for warm in content["warm"]),
-        skipped=tuple(Skipped(cell=cell_from_json(item["cell"]), reason=item["reason"]) for item in content["skipped"]),
-        data=tuple(content["data"]), limits=Limits(**content["limits"]),
+def read_cell(content: dict[str, Any]) -> Cell:
+    """The cell with this flat form. Raises ValueError, of one line, if there is no such stage, strategy or setting here."""
+    for axis, known in (("stage", tuple(SETTINGS)), ("strategy", tuple(all_strategies()))):
+        if content.get(axis) not in known:
+            raise ValueError(f"unknown {axis}; seen: {content.get(axis)!r:.200}; one of {', '.join(known)} would be right")
+    try:
+        return cell_from_json(content)
+    except ValidationError as error:
+        raise ValueError(first_problem(error)) from None
+
+
+@with_config(STRICT)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _TokenizerInFile:
+    """What a tokenizer is made of."""
+
+    data: list[Name]
+    vocabulary: Count
+
+
+@with_config(STRICT)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _WarmInFile:
+    """`Warm`, its cell flat."""
+
+    key: Name
+    tokenizer: _TokenizerInFile | None
+    cell: dict[str, Any] | None
+    starts: dict[str, str]
+
+
+@with_config(STRICT)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _SkippedInFile:
+    """`Skipped`, its cell flat."""
+
+    cell: dict[str, Any]
+    reason: str
+
+
+@with_config(STRICT)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _PlanInFile:
+    """plan.json, as far as its shape goes."""
+
+    schema: Literal["coati-bench/plan/1"]
+    suite: Name
+    trials: Count
+    cells: dict[str, dict[str, Any]]
+    blocks: list[Block]
+    warm: list[_WarmInFile]
+    skipped: list[_SkippedInFile]
+    data: list[Name]
+    limits: Limits
+
+
+_file_adapter = TypeAdapter(_PlanInFile)
+
+
+def _plan_from_file(file: _PlanInFile) -> Plan:
+    plan = Plan(
+        suite=file.suite, trials=file.trials, cells={cell_id: _cell_at(f"cells.{cell_id}", cell) for cell_id, cell in file.cells.items()},
+        blocks=tuple(file.blocks), warm=tuple(_warm_from_file(warm) for warm in file.warm),
+        skipped=tuple(Skipped(cell=_cell_at(f"skipped.{i}", item.cell), reason=item.reason) for i, item in enumerate(file.skipped)),
+        data=tuple(file.data), limits=file.limits,
     )  # fmt: skip
+    if problem := next(_loose_ends(plan), None):
+        raise ValueError(problem)
+    return plan
+
+
+def _warm_from_file(warm: _WarmInFile) -> Warm:
+    cell = None if warm.cell is None else _cell_at(f"warm.{warm.key}", warm.cell)
+    if (cell is None) == (warm.tokenizer is None):
+        raise ValueError(f"at warm.{warm.key}: exactly one of tokenizer and cell would be right")
+    return Warm(key=warm.key, tokenizer=asdict(warm.tokenizer) if warm.tokenizer else None, cell=cell, starts=warm.starts)
+
+
+def _cell_at(place: str, content: dict[str, Any]) -> Cell:
+    try:
+        return read_cell(content)
+    except ValueError as error:
+        raise ValueError(f"at {place}: {error}") from None
+
+
+def _loose_ends(plan: Plan) -> Iterator[str]:
+    """Yield what is named in the plan and is not in it."""
+    keys = {warm.key for warm in plan.warm}
+    blocks = {block.block_id for block in plan.blocks}
+    data = set(plan.data)
+    for warm in plan.warm:
+        yield from _absent(f"warm.{warm.key}.starts", warm.starts.values(), keys)
+        yield from _absent(f"warm.{warm.key}", _warm_data(warm), data)
+    for block in plan.blocks:
+        place = f"blocks.{block.block_id}"
+        yield from _absent(f"{place}.cells", block.cells, plan.cells)
+        yield from _absent(f"{place}.starts", block.starts, block.cells)
+        yield from _absent(f"{place}.saves", block.saves, block.cells)
+        yield from _absent(f"{place}.after", block.after, blocks)
+        yield from _absent(f"{place}.data", block.data, data)
+        begun = [start for starts in block.starts.values() for start in starts.values() if not start.startswith("path:")]
+        yield from _absent(f"{place}.starts", begun, {*keys, *(f"cell:{cell_id}" for cell_id in plan.cells)})
+
+
+def _absent(place: str, names: Iterable[str], known: Container[str]) -> Iterator[str]:
+    return (f"at {place}: {name!r:.200} is not in the plan" for name in names if name not in known)

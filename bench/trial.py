@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import field
 from pathlib import Path
 from typing import Any
@@ -88,4 +87,4 @@ def save_trial(trial: Trial, path: Path) -> None:
 
 def load_trial(path: Path) -> Trial:
     """Return the trial in `path`; pydantic's ValidationError if it is none."""
-    return _adapter.validate_json(json.dumps(json.loads(path.read_text(encoding="utf-8"))))
+    return _adapter.validate_json(path.read_bytes())

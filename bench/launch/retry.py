@@ -35,10 +35,14 @@ def set_outcomes_aside(suite: Path, outcomes: set[str], results: Path) -> Droppe
     """Move the records of `suite` with one of `outcomes`, and warm starts that failed so, into their logs; return how many.
 
     A trial that could not begin and what it was to begin from go together, whichever of them has such an outcome. The blocks that list
-    the records are removed, so that Snakemake runs them again (finished trials are skipped there). Raises UserError for an unknown outcome.
+    the records are removed, so that Snakemake runs them again (finished trials are skipped there). Raises UserError for an unknown outcome,
+    or if there is no folder `results`.
     """
+    outcomes = {outcome.strip() for outcome in outcomes}
     if unknown := sorted(outcomes - set(OUTCOMES)):
         raise UserError(f"--outcome {','.join(unknown)}: no such outcome; choose among {', '.join(OUTCOMES)}")
+    if not results.is_dir():
+        raise UserError(f"--results {results}: there is no such folder; the one that `coati-bench run` was given would be right")
     made = make_plan(suite)
     layout = Layout(results / made.suite)
     ended = {**dict(_warm(made, layout)), **dict(_trials(made, layout))}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
 from pydantic import ValidationError
 
+from bench.cell import cell_to_json
 from bench.errors import RecordError, UserError
 from bench.launch.alone import alone
 from bench.launch.block import INTERRUPTED, planned_trial
@@ -21,12 +23,13 @@ from bench.launch.srun import agents_here
 from bench.launch.supervise import run_trial
 from bench.launch.watch import Stop, listening
 from bench.layout import Layout
-from bench.matrix import load_plan
-from bench.record import Record, load_record
+from bench.matrix import load_plan, read_cell
+from bench.record import Record, first_problem, load_record
 from bench.trial import Trial, load_trial
 
 PATIENCE_SECONDS = 300.0
 """Longest wait for other nodes."""
+_WHERE = "a trial file lies in results/SUITE/logs/CELL/TRIAL/"
 
 
 class Wanted(NamedTuple):
@@ -53,6 +56,8 @@ def run_single(
     ranks = Program(program, search_path)
     if rendezvous is not None:
         _check(wanted.trial, rendezvous)
+    if not wanted.of_plan and (rendezvous is None or rendezvous.node == 0):
+        _check_place(wanted.record)
     with listening() as stop:
         if rendezvous is not None and rendezvous.node > 0:
             return _follow(wanted, rendezvous, stop, patience, ranks)
@@ -73,7 +78,7 @@ def read_rendezvous(nodes: int | None, node: int | None, place: str | None) -> R
         )
         raise UserError(f"a trial on several nodes needs --nodes, --node-rank and --rendezvous; seen: {seen}")
     address, _, port = place.rpartition(":")
-    if not address or not port.isdigit() or not 0 < int(port) < 1 << 16:
+    if not address or not (port.isascii() and port.isdecimal()) or not 0 < int(port) < 1 << 16:
         raise UserError(f"--rendezvous {place}: HOST:PORT of node 0 would be right, for example n1:29500")
     if not 0 <= node < nodes:
         raise UserError(f"--node-rank {node}: nodes are counted from 0; 0 to {nodes - 1} would be right with --nodes {nodes}")
@@ -99,6 +104,8 @@ def _of_file(target: Path, record: Path | None) -> Wanted:
     if record is None:
         raise UserError(f"{target}: --record says where the record of a trial file goes; seen: no --record")
     record = record.absolute()
+    if record.is_dir():
+        raise UserError(f"--record {record}: a record is a file; seen: a folder; a path that does not exist yet would be right")
     beside = record.with_suffix("")
     weights = None if trial.save_to is None else f"{beside}-weights"
     return Wanted(dataclasses.replace(trial, work=f"{beside}-logs", save_to=weights), record, False)
@@ -106,11 +113,16 @@ def _of_file(target: Path, record: Path | None) -> Wanted:
 
 def _read_trial(path: Path) -> Trial:
     try:
-        return load_trial(path)
+        trial = load_trial(path)
+        return dataclasses.replace(trial, cell=cell_to_json(read_cell(trial.cell)))
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}; a trial file lies in results/SUITE/logs/CELL/TRIAL/") from None
-    except (ValidationError, ValueError) as error:
-        raise UserError(f"{path}: not a trial file: {error}") from None
+        raise UserError(f"{path}: cannot be read: {error.strerror}; {_WHERE}") from None
+    except ValidationError as error:
+        if any(item["loc"] == ("schema",) for item in error.errors()):
+            raise UserError(f"{path}: not a trial file; seen: a record, or a plan; {_WHERE}; `reproduce` takes a record") from None
+        raise UserError(f"{path}: not a trial file: {first_problem(error)}; {_WHERE}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not a trial file: {error}; {_WHERE}") from None
 
 
 def _check(trial: Trial, rendezvous: Rendezvous) -> None:
@@ -124,10 +136,23 @@ def _check(trial: Trial, rendezvous: Rendezvous) -> None:
         )
 
 
+def _check_place(record: Path) -> None:
+    """Raises RecordError if there is a record already, UserError if its folder is none or cannot be written."""
+    if os.path.lexists(record):
+        raise RecordError(f"--record {record}: a record is never rewritten; seen: a file; a path that does not exist yet would be right")
+    folder = next(each for each in record.parents if os.path.lexists(each))
+    if not folder.is_dir():
+        raise UserError(f"--record {record}: its folder cannot be made; seen: the file {folder}; another folder would be right")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"--record {record}: nothing can be written to {folder}; a folder that you may write would be right")
+
+
 def _lead(wanted: Wanted, rendezvous: Rendezvous | None, stop: Stop, patience: float, ranks: Program) -> int:
     """Run the trial, alone or as node 0."""
     trial, path, title = wanted.trial, wanted.record, describe(wanted.trial.parsed_cell)
     with alone(path) as lock, Line(title) as line, ExitStack() as stack:
+        if not wanted.of_plan:
+            _check_place(path)  # again: another process may have left it while this one waited for the lock
         saved = None if trial.save_to is None else Path(trial.save_to)
         if wanted.of_plan and (kept := kept_record(path, trial, saved)):
             line.end(kept.outcome, kept.reason, kept=True)

@@ -6,7 +6,6 @@ finished stays finished, and the same command goes on from there.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -28,6 +27,7 @@ from bench.layout import Layout
 from bench.matrix import Plan, make_plan, save_plan
 from bench.needs import weights_on_disk_bytes
 from bench.plan_text import plan_text
+from bench.record import write_json
 
 SOURCE_TREE = Path(__file__).resolve().parents[2]
 GRACE_SECONDS = 15.0
@@ -37,6 +37,8 @@ MOST_SUBMISSIONS = 10
 """How often blocks are submitted again that were preempted for good."""
 PATIENT = "bench.launch.patient_slurm"
 """The module that is Snakemake where jobs go to Slurm."""
+SETTINGS = ".snakemake.json"
+"""What the Snakefile is told, beside the plan."""
 INTERRUPTED, CANNOT = 130, 3
 
 
@@ -50,7 +52,8 @@ def run_suite(
     before anything is started.
     """
     plan = make_plan(suite, container=container)
-    layout = Layout(results / plan.suite)
+    root = results / plan.suite
+    layout = Layout(root.absolute() if str(root).startswith("-") else root)  # in a shell line a leading dash would be an option
     folder = _check_installation(profile, layout.root)
     if dry_run:
         say(plan_text(plan))
@@ -80,6 +83,7 @@ def run_suite(
 def _run(suite: Path, plan: Plan, layout: Layout, profile: Path, lock: Held, queue: Queue | None) -> int:
     for text in [*forget_unfinished(plan, layout), *forget_lost_images(plan, layout)]:
         say(text)
+    _write_settings(layout.root)
     command = snakemake_command(layout.root, profile, queue)
     _clear_stale_lock(command, was_killed=lock.was_killed)
     follower, log = Follower(plan, layout, say), layout.root / "logs" / "snakemake.log"
@@ -130,11 +134,16 @@ def _follow(command: list[str], follower: Follower, log: Path, lock: Held, queue
 def snakemake_command(root: Path, profile: Path, queue: Queue | None = None) -> list[str]:
     """The Snakemake call that makes the report of the suite whose folder is `root`; jobs carry the name that `queue` looks for."""
     named = ["--slurm-jobname-prefix", queue.prefix] if queue else []
-    snakefile = str(SOURCE_TREE / "Snakefile")
+    snakefile, settings = str(SOURCE_TREE / "Snakefile"), root.absolute() / SETTINGS
     return [
         sys.executable, "-m", PATIENT if queue else "snakemake", "--snakefile", snakefile, "--profile", str(profile), "--nocolor",
-        *named, "--config", f"suite={json.dumps(str(root))}",
+        *named, "--configfile", str(settings),
     ]  # fmt: skip
+
+
+def _write_settings(root: Path) -> None:
+    """Leave the folder of the suite where Snakemake reads it; what is written behind `--config` is parsed as YAML, in part."""
+    write_json({"suite": str(root)}, root / SETTINGS)
 
 
 def _environment() -> dict[str, str]:
@@ -158,6 +167,8 @@ def _check_installation(profile: str, root: Path) -> Path:
         raise UserError(f"--results {root.parent}: a file is there; name a folder, which need not exist yet")
     if set("{}\n") & set(str(root)):
         raise UserError(f"--results {root.parent}: Snakemake takes braces in a path for wildcards; choose another folder")
+    if any("\ud800" <= letter <= "\udfff" for letter in str(root)):
+        raise UserError(f"--results {str(root.parent)!a}: a name that is no UTF-8 stands in no plan; choose another folder")
     return profiles / profile
 
 

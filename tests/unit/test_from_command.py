@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -16,7 +17,7 @@ import yaml
 from bench.cell import Cell
 from bench.cli import _exit_code
 from bench.coati_command import SCRIPTS, read_command
-from bench.errors import UserError
+from bench.errors import MachineError, UserError
 from bench.from_command import STRATEGIES, UNUSED, suite_from_command, write_suite
 from bench.matrix import make_plan
 
@@ -287,3 +288,21 @@ def test_reading_a_command_loads_no_torch() -> None:
     root = str(Path(__file__).parents[2])
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": root}, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()
+
+
+def test_a_full_disk_leaves_no_half_of_a_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, text: str, encoding: str) -> None:
+        path.write_bytes(text[:10].encode(encoding))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    output = tmp_path / "new" / "suite.yaml"
+    with monkeypatch.context() as patched:
+        written = Path.write_text
+        patched.setattr(
+            Path, "write_text", lambda path, *rest, **more: (full if tmp_path in path.parents else written)(path, *rest, **more)
+        )
+        with pytest.raises(MachineError, match="cannot be written: No space left on device"):
+            write_suite(SFT, output)
+    assert not list(output.parent.iterdir())
+    write_suite(SFT, output)
+    assert [path.name for path in output.parent.iterdir()] == ["suite.yaml"]

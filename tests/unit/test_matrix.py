@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench.errors import SuiteError
-from bench.matrix import Plan, expand, impossible, known_names, load_plan, make_plan, save_plan
+from bench.errors import SuiteError, UserError
+from bench.matrix import Plan, expand, impossible, known_names, load_plan, make_plan, plan_to_json, save_plan
 from bench.strategies.base import all_strategies
 from bench.strategies.requirement import Requirement
 from bench.suite import check_suite
@@ -222,3 +223,54 @@ def test_without_a_named_size_the_tokenizer_fits_every_model_and_cells_keep_thei
 
 def test_a_pretrained_model_brings_its_own_tokenizer_so_no_size_is_refused() -> None:
     plan_of(settings={"device": "cpu", "launcher": "fork", "weights": "/somewhere", "tokenizer_vocabulary": 9999})
+
+
+@pytest.mark.parametrize("content", [b"{", b"", b"\xff", b"[" * 100_000], ids=["cut", "empty", "no text", "deep"])
+def test_a_damaged_plan_is_told_in_one_line_and_written_anew(tmp_path: Path, content: bytes) -> None:
+    plan, path = plan_of(), tmp_path / "plan.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"not a plan: .*`coati-bench plan SUITE --write` makes it anew$"):
+        load_plan(path)
+    save_plan(plan, path)
+    assert load_plan(path) == plan
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda plan: plan.update(cells=[]), "at cells: "),
+        (lambda plan: plan.update(cells={}), "blocks.sft-bloom-tiny-1x1-trial0.cells: 'sft-.*' is not in the plan"),
+        (lambda plan: plan.update(suite=3), "at suite: "),
+        (lambda plan: plan.update(schema="coati-bench/plan/9"), "at schema: .*coati-bench/plan/1"),
+        (lambda plan: plan.update(data=[]), "'synthetic-instruct' is not in the plan"),
+        (lambda plan: plan.update(warm=[]), "'tokenizer-.*' is not in the plan"),
+        (lambda plan: plan["warm"][0].update(tokenizer=None), "exactly one of tokenizer and cell"),
+        (lambda plan: plan["limits"].update(timeout_seconds=-1), "at limits.timeout_seconds: .*greater than 0; seen: '-1'"),
+        (lambda plan: plan["limits"].update(wrong=1), "at limits.wrong: "),
+        (lambda plan: plan["blocks"][0].update(starts=[]), "at blocks.0.starts: "),
+        (lambda plan: plan["blocks"][0].update(trial="0"), "at blocks.0.trial: "),
+        (lambda plan: plan["blocks"][0].update(after=["none"]), "after: 'none' is not in the plan"),
+        (lambda plan: plan["blocks"][0].update(saves=["none"]), "saves: 'none' is not in the plan"),
+        (lambda plan: next(iter(plan["cells"].values())).update(strategy="x"), "at cells.sft-.*: unknown strategy; seen: 'x'; one of"),
+        (lambda plan: next(iter(plan["cells"].values())).update(stage=[]), "unknown stage"),
+        (lambda plan: next(iter(plan["cells"].values())).update(launcher="x"), "at launcher: .*seen: 'x'"),
+    ],
+)
+def test_a_plan_that_does_not_fit_together_is_told_in_one_line(tmp_path: Path, change: Callable[[Any], None], told: str) -> None:
+    content = json.loads(json.dumps(plan_to_json(plan_of())))
+    change(content)
+    (tmp_path / "plan.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(UserError, match=told) as caught:
+        load_plan(tmp_path / "plan.json")
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).endswith("`coati-bench plan SUITE --write` makes it anew")
+
+
+def test_more_trials_than_a_plan_can_hold_are_refused_before_blocks_are_made() -> None:
+    with pytest.raises(SuiteError, match="trials: 2,000,000 trials of 2 cells; a plan has at most 1,000,000; seen: 1000000"):
+        plan_of(trials=1_000_000)
+
+
+def test_a_container_whose_name_is_too_long_for_a_suite_is_refused() -> None:
+    with pytest.raises(UserError, match="a suite's name has at most 64 letters; seen: 214"):
+        make_plan(ROOT / "config" / "quickstart.yaml", container="a" * 200)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bench.errors import UserError
+from bench.launch import workflow
 from bench.launch.targets import Targets
 from bench.layout import Layout
-from bench.matrix import expand, make_plan, save_plan
+from bench.matrix import Plan, expand, load_plan, make_plan, save_plan
 from bench.suite import Known, check_suite
 
 ROOT = Path(__file__).parents[2]
@@ -91,3 +94,27 @@ def test_data_names_that_would_share_a_manifest_are_refused(tmp_path: Path) -> N
     stages = {"sft": {"steps": 3, "data": "file:a/b"}, "rm": {"steps": 3, "data": "file:a_b", "warm_start": "none"}}
     with pytest.raises(UserError, match=r"two data names differ only in letters that file names lack; seen: file:a"):
         targets_of(tmp_path, stages=stages)
+
+
+@pytest.mark.parametrize("name", ["\u00fc", "q'uo\"te", "ta\tb", "#x", "-dash", "1e5", "back\\slash $HOME"])
+def test_the_results_may_lie_in_a_folder_of_any_name(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    seen: list[str] = []
+
+    def dry(suite: Path, plan: Plan, layout: Layout, profile: Path, *_: object) -> int:
+        workflow._write_settings(layout.root)
+        command = [*workflow.snakemake_command(layout.root, profile), "-n", "--printshellcmds"]
+        done = subprocess.run(
+            command, env=workflow._environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        )
+        seen.append(done.stdout)
+        return done.returncode
+
+    monkeypatch.setattr(workflow, "_run", dry)
+    assert workflow.run_suite(ROOT / "config" / "quickstart.yaml", results=Path(name) / "res") == 0, seen
+    start = "Shell command: coati-bench block "
+    targets = [" ".join(shlex.split(line.removeprefix(start))) for line in seen[0].splitlines() if line.startswith(start)]
+    plan = load_plan(Path(name) / "res" / "quickstart" / "plan.json")
+    blocks = {(tmp_path / name / "res" / "quickstart" / "blocks" / f"{block.block_id}.json") for block in plan.blocks}
+    assert {tmp_path / target for target in targets} == blocks
+    assert not any(target.startswith("-") for target in targets)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.errors import UserError
 from bench.launch.assemble import assemble, make_provenance
 from bench.launch.classify import Verdict
 from bench.launch.retry import Dropped, set_outcomes_aside
@@ -100,3 +101,11 @@ def test_nothing_is_touched_where_nothing_ended_so(tmp_path: Path) -> None:
     ended.write(warm={"sft": "oom"})
     assert ended.retry("timeout") == Dropped(0, 0)
     assert ended.gone() == set()
+
+
+def test_blanks_around_an_outcome_mean_nothing_and_a_folder_that_is_none_is_told(tmp_path: Path) -> None:
+    ended = Ended(tmp_path)
+    ended.write({("sft", "ddp"): "timeout"})
+    assert ended.retry("error", " timeout") == Dropped(records=1, warm=0)
+    with pytest.raises(UserError, match=r"--results .*none: there is no such folder"):
+        set_outcomes_aside(ended.suite, {"error"}, tmp_path / "none")

@@ -259,6 +259,11 @@ def test_results_in_a_folder_that_snakemake_takes_for_wildcards_are_refused(tmp_
         workflow._check_installation("local", tmp_path / "{x}" / "tiny")
 
 
+def test_results_in_a_folder_whose_name_is_no_text_are_refused() -> None:
+    with pytest.raises(UserError, match=r"--results '\\udcff/res': a name that is no UTF-8"):
+        workflow._check_installation("local", Path("\udcff/res/tiny"))
+
+
 def test_a_file_in_the_place_of_the_results_is_refused(tmp_path: Path) -> None:
     (tmp_path / "results").write_text("a file", encoding="utf-8")
     with pytest.raises(UserError, match=r"--results .*results: a file is there; name a folder"):
