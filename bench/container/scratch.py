@@ -54,7 +54,11 @@ def remove(path: Path) -> None:
     for mounted in reversed(_mounts_below(path)):
         subprocess.run(["umount", "--lazy", mounted], check=False, capture_output=True)
     begin = time.monotonic()
-    subprocess.run(as_root("rm", "-rf", "--one-file-system", str(path)), check=False)
+    command = ["rm", "-rf", "--one-file-system", str(path)]
+    try:
+        subprocess.run(as_root(*command), check=False)
+    except FileNotFoundError:  # without buildah there are no files of another user id
+        subprocess.run(command, check=False)
     if (seconds := time.monotonic() - begin) >= 1:
         print(f"  tidying up: {seconds:.0f} s", flush=True)
 

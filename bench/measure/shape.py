@@ -156,15 +156,15 @@ class Network:
 def shape_of(name: str) -> Shape | None:
     """The shape of model `name`: a preset, or a folder with config.json.
 
-    None where the numbers are not at hand (a hub id, a name of transformers' that is not read here) or the architecture is not one of those
-    below.
+    None where the numbers are not at hand (a hub id) or the architecture is not one of those below.
     """
     return shape_of_config(config_numbers(name))
 
 
 def shape_of_config(config: dict[str, Any]) -> Shape | None:
-    """The shape of a model by its configuration, as transformers writes it; None where the architecture is not one of those below, or a number
-    has another name.
+    """The shape of a model by its configuration, as transformers writes it.
+
+    None where the architecture is not one of those below, or a number has another name.
     """
     parameters, read = config_parameter_count(config), _READERS.get(str(config.get("model_type")))
     try:
