@@ -5,7 +5,6 @@ The numbers of the command become axes and settings; what has no place in a suit
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 import tempfile
@@ -18,7 +17,8 @@ import yaml
 
 from bench.coati_command import Command, Dropped, read_command
 from bench.data.sources import data_problem
-from bench.errors import MachineError, SuiteError, UserError
+from bench.errors import SuiteError, UserError
+from bench.files import write_whole
 from bench.matrix import make_plan
 from bench.models.presets import PRESETS
 from bench.strategies.base import all_strategies
@@ -299,21 +299,7 @@ def write_suite(text: str, output: Path | None) -> None:
     if output is None:
         print(content, end="")
     else:
-        _write_new(content, output)
+        write_whole({output: content})
     print(dropped_text(carried), file=sys.stderr)
     for skipped in plan.skipped:
         print(f"the plan skips {skipped.cell.cell_id}: {skipped.reason}", file=sys.stderr)
-
-
-def _write_new(content: str, output: Path) -> None:
-    """Write a file whole, or not at all. Raises MachineError."""
-    draft = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            draft.write_text(content, encoding="utf-8")
-            draft.replace(output)
-        finally:
-            draft.unlink(missing_ok=True)
-    except OSError as error:
-        raise MachineError(f"{output}: cannot be written: {error.strerror}; nothing was left half-written") from None

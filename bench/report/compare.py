@@ -14,10 +14,10 @@ from pathlib import Path
 
 from bench.cell import Cell
 from bench.errors import UserError
+from bench.files import write_whole
 from bench.measure.conditions import Difference, conditions, differences
 from bench.report.analysis import MEMORY
 from bench.report.bands import COSTS, Check, cost_check
-from bench.report.files import write_whole
 from bench.report.inventory import BadFile, cell_order
 from bench.report.metrics import primary_metric
 from bench.report.pairing import Measured, Side, nothing_common, other_settings, pair_cells, read_cells, sorted_cells

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from bench.files import write_whole
 from bench.report.analysis import read_analysis
 from bench.report.export import csv_text, parquet_bytes, result_rows, result_table
-from bench.report.files import write_whole
 from bench.report.html import html
 from bench.report.markdown import markdown
 from bench.report.page import make_page

@@ -291,17 +291,14 @@ def test_reading_a_command_loads_no_torch() -> None:
 
 
 def test_a_full_disk_leaves_no_half_of_a_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(path: Path, text: str, encoding: str) -> None:
-        path.write_bytes(text[:10].encode(encoding))
+    def full(path: Path, content: str) -> None:
+        path.write_text(content[:10])
         raise OSError(errno.ENOSPC, "No space left on device")
 
     output = tmp_path / "new" / "suite.yaml"
     with monkeypatch.context() as patched:
-        written = Path.write_text
-        patched.setattr(
-            Path, "write_text", lambda path, *rest, **more: (full if tmp_path in path.parents else written)(path, *rest, **more)
-        )
-        with pytest.raises(MachineError, match="cannot be written: No space left on device"):
+        patched.setattr("bench.files._write", full)
+        with pytest.raises(MachineError, match="cannot be written; seen: No space left on device"):
             write_suite(SFT, output)
     assert not list(output.parent.iterdir())
     write_suite(SFT, output)

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from bench import files
 from bench.errors import MachineError, UserError
-from bench.report import files
-from bench.report.files import write_whole
+from bench.files import write_whole
 
 
 def test_all_files_are_new_or_all_are_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
