@@ -87,8 +87,9 @@ class CellResult:
         return tuple(dict.fromkeys(flag for trial in self.trials for flag in trial.record.flags))
 
     def summary(self, name: str) -> Summary | None:
-        """A metric over the ok trials; None where none of them has it."""
-        points = [trial.values[name].number for trial in self.ok if name in trial.values]
+        """A metric over the ok trials; None where none of them has it. What theory says holds of those that failed, too."""
+        trials = self.trials if name.startswith("theory_") else self.ok
+        points = [trial.values[name].number for trial in trials if name in trial.values]
         known = tuple(value for value in points if value is not None)
         return Summary(known) if known else None
 

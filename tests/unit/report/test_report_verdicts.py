@@ -183,7 +183,13 @@ def test_memory_is_ranked_by_a_figure_that_all_have(tmp_path: Path) -> None:
 def test_of_a_strategy_that_fits_by_one_setting_only_the_setting_is_told(tmp_path: Path) -> None:
     cells = [make_cell("sft", optimizer=name, device="cuda", model="bloom-560m", precision="bf16-master") for name in ("adamw", "foreach")]
     records = [make_record(cells[0]), make_record(cells[1], outcome="oom", reason="full")]
-    assert sentences(analysed(tmp_path, records))[0] == "1 of 2 trials ended ok and 1 did not (1 oom: naive [optimizer foreach])."
+    analysis = analysed(tmp_path, records)
+    assert sentences(analysis)[0] == "1 of 2 trials ended ok and 1 did not (1 oom: naive [optimizer foreach])."
+    full = next(result for result in analysis.results if not result.ok)
+    assert (full.summary("theory_peak_gib") is None, full.summary("peak_allocated_gib")) == (
+        False,
+        None,
+    )  # what it needed is known all the same
 
 
 # -- charts ------------------------------------------------------------------------------------------------------
