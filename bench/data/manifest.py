@@ -15,7 +15,7 @@ from bench.cell import STRICT
 from bench.data.download import writing
 from bench.data.formats import Kind, Rejected, check_share, parsed_rows
 from bench.data.sources import Source
-from bench.errors import DataError
+from bench.errors import DataError, UserError
 from bench.record import Input, Sha256, first_problem, write_json
 
 LISTED_REJECTED = 100
@@ -113,7 +113,12 @@ def manifest_to_json(manifest: Manifest) -> dict[str, Any]:
 
 
 def save_manifest(manifest: Manifest, path: Path, *, fetched: bool = False) -> None:
-    """Write the manifest, atomically; `fetched`: the one beside fetched data, not one that the user has named."""
+    """Write the manifest, atomically; `fetched`: the one beside fetched data, not one that the user has named.
+
+    Raises UserError where that would be the data themselves.
+    """
+    if path.exists() and Path(manifest.path).exists() and path.samefile(manifest.path):
+        raise UserError(f"{path}: the manifest would take the place of the data; the path of another file would be right")
     with writing(path, fetched=fetched):
         write_json(manifest_to_json(manifest), path)
 

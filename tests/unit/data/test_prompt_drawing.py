@@ -94,6 +94,14 @@ def test_fetch_writes_the_manifest_of_a_suite(tmp_path: Path) -> None:
     assert (tmp_path / "again.json").read_bytes() == target.read_bytes()
 
 
+def test_a_manifest_never_takes_the_place_of_its_data(tmp_path: Path) -> None:
+    mine, before = tmp_path / "mine.jsonl", '{"instruction": "a", "output": "b"}\n'
+    mine.write_text(before)
+    with pytest.raises(UserError, match="the manifest would take the place of the data"):
+        invoke("fetch", f"file:{mine}", "--manifest", str(mine), "--cache", str(tmp_path / "cache"))
+    assert mine.read_text() == before
+
+
 def test_fetch_takes_a_copy_and_verify_hashes_it(tmp_path: Path) -> None:
     cache = ["--cache", str(tmp_path / "cache")]
     (tmp_path / "Belle_open_source_0.5M.json").write_text('{"instruction": "a", "output": "b"}')
