@@ -64,3 +64,21 @@ class MachineError(BenchError):
     """The machine lacks what the request needs."""
 
     exit_code = 3
+
+
+def shown(value: object) -> str:
+    """A value as an error shows what was seen: a long one by its beginning.
+
+    >>> shown("a" * 100)
+    "'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa..."
+    """
+    return text if len(text := repr(value)) <= 60 else f"{text[:57]}..."
+
+
+def json_fault(error: Exception) -> str:
+    """What is wrong with a file that is no JSON, in our words where Python's are about Python."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    if "set_int_max_str_digits" in str(error):
+        return "a number of too many digits"
+    return str(error.strerror) if isinstance(error, OSError) else str(error)

@@ -14,7 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from bench.errors import CheckpointError
+from bench.errors import CheckpointError, json_fault, shown
 
 if TYPE_CHECKING:
     import torch
@@ -80,12 +80,12 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
                 raise ValueError("its header is longer than the file")
             header = json.loads(file.read(length))
     except (OSError, ValueError, struct.error, RecursionError) as error:
-        raise _no_safetensors(path, _json_fault(error)) from None
+        raise _no_safetensors(path, json_fault(error)) from None
     if not isinstance(header, dict):
-        raise _no_safetensors(path, f"its header is JSON, but no object: {_short(header)}")
+        raise _no_safetensors(path, f"its header is JSON, but no object: {shown(header)}")
     metadata = header.get(METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _no_safetensors(path, f"its header's {METADATA} is no object of texts: {_short(metadata)}")
+        raise _no_safetensors(path, f"its header's {METADATA} is no object of texts: {shown(metadata)}")
     return header, 8 + length
 
 
@@ -94,26 +94,14 @@ def json_object(path: Path, what: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: no {what}; {_json_fault(error)}; a JSON object would be right") from None
+        raise CheckpointError(f"{path}: no {what}; {json_fault(error)}; a JSON object would be right") from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: no {what}; seen: {_short(content)}; a JSON object would be right")
+        raise CheckpointError(f"{path}: no {what}; seen: {shown(content)}; a JSON object would be right")
     return content
 
 
 def _no_safetensors(path: Path, seen: str) -> CheckpointError:
     return CheckpointError(f"{path}: no safetensors file; {seen}; a complete one would be right")
-
-
-def _json_fault(error: Exception) -> str:
-    if isinstance(error, RecursionError):
-        return "its JSON is nested too deeply"
-    if "set_int_max_str_digits" in str(error):
-        return "it has a number with more digits than any size"
-    return f"{error.strerror}" if isinstance(error, OSError) else str(error)
-
-
-def _short(value: Any) -> str:
-    return text if len(text := repr(value)) <= 60 else f"{text[:57]}..."
 
 
 def _stored(path: Path, name: str, item: Any, start: int) -> Stored:
@@ -123,7 +111,7 @@ def _stored(path: Path, name: str, item: Any, start: int) -> Stored:
     right = isinstance(dtype, str) and dtype in DTYPE_BITS and _are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2
     if not right or not name.isprintable():
         wanted = '{"dtype": a known type, "shape": [sizes], "data_offsets": [begin, end]}'
-        raise _no_safetensors(path, f"its header has {_short(name)}: {_short(item)}, which is not {wanted}")
+        raise _no_safetensors(path, f"its header has {shown(name)}: {shown(item)}, which is not {wanted}")
     begin, end = offsets
     if (needed := prod(shape) * DTYPE_BITS[dtype]) != 8 * (end - begin):
         raise _damaged(path, f"{name} has {end - begin} bytes; {dtype} {shape} is {needed / 8:g}")
@@ -237,7 +225,7 @@ def weight_files(path: Path) -> list[Path]:
 def _shards(index: Path) -> list[Path]:
     places = json_object(index, "index of shards").get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-        raise CheckpointError(f"{index}: no index of shards; seen: {_short(places)}; a `weight_map` of names and files would be right")
+        raise CheckpointError(f"{index}: no index of shards; seen: {shown(places)}; a `weight_map` of names and files would be right")
     names = sorted(set(places.values()))
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing or not names:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.errors import UserError
+from bench.errors import UserError, shown
 from bench.layout import expanded
 
 
@@ -239,7 +239,7 @@ def _config_problem(config: dict[str, Any] | None) -> str | None:
         return "config.json of this folder is no JSON object; a model folder has one that transformers wrote"
     family = config.get("model_type", "")
     if not isinstance(family, str):
-        return f"config.json of this folder has no architecture; seen: model_type {_short(family)}; its name in transformers would be right"
+        return f"config.json of this folder has no architecture; seen: model_type {shown(family)}; its name in transformers would be right"
     return _size_problem(config) if family in _COUNTS else None
 
 
@@ -247,7 +247,7 @@ def _size_problem(config: dict[str, Any]) -> str | None:
     wrong = "config.json of this folder has a wrong size; seen:"
     for name, most in _MOST.items():
         if not _is_size(config.get(name, 1), most) and not (name in _MAY_BE_NULL and config[name] is None):
-            return f"{wrong} {name} {_short(config[name])}; a whole number from 1 to {most} would be right"
+            return f"{wrong} {name} {shown(config[name])}; a whole number from 1 to {most} would be right"
     width, heads = (next((config[name] for name in names if name in config), 1) for names in (_WIDTHS, _HEADS))
     if width % heads and not config.get("head_dim"):
         return f"{wrong} {heads} heads for a width of {width}; a divisor of it would be right"
@@ -256,10 +256,6 @@ def _size_problem(config: dict[str, Any]) -> str | None:
 
 def _is_size(value: Any, most: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
-
-
-def _short(value: Any) -> str:
-    return text if len(text := repr(value)) <= 60 else f"{text[:57]}..."
 
 
 _WIDTHS, _HEADS = ("hidden_size", "n_embd"), ("num_attention_heads", "n_head")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.errors import UserError
+from bench.errors import UserError, json_fault
 
 NAME = "ceilings.json"
 MOST = 1e18
@@ -56,10 +56,4 @@ def _content(file: Path) -> Any:
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: no JSON; seen: {_fault(error)}; {RIGHT}") from None
-
-
-def _fault(error: Exception) -> str:
-    if isinstance(error, RecursionError):
-        return "nested too deeply"
-    return "a number of too many digits" if "set_int_max_str_digits" in str(error) else str(error)
+        raise UserError(f"{file}: no JSON; seen: {json_fault(error)}; {RIGHT}") from None
