@@ -78,14 +78,14 @@ def lacking(wanted: Kind | None, suffix: str | None = None) -> str:
     """What is missing where no runtime, not the one insisted on, or none for the image's kind of file is installed.
 
     >>> lacking("docker")
-    'no container runtime docker; seen: not on PATH; another value of COATI_BENCH_RUNTIME, or none, would be right'
+    'no container runtime docker; seen: not on PATH; another --runtime (or COATI_BENCH_RUNTIME), or none, would be right'
     """
     fitting = " or ".join(kind for kind in PROGRAMS if suffix in (None, Runtime(kind, "").suffix))
     if wanted is None:
         return f"no container runtime; seen: none on PATH; {fitting} would be right (Apptainer from 1.2), or `container: none`"
     if suffix and Runtime(wanted, "").suffix != suffix:
         return f"{wanted} runs no image in a file *{suffix}; seen: {RUNTIME_VARIABLE}={wanted}; {fitting} would be right"
-    return f"no container runtime {wanted}; seen: not on PATH; another value of {RUNTIME_VARIABLE}, or none, would be right"
+    return f"no container runtime {wanted}; seen: not on PATH; another --runtime (or {RUNTIME_VARIABLE}), or none, would be right"
 
 
 def beside(file: Path, suffix: str) -> Path:
