@@ -21,9 +21,11 @@ SCHEMA_MAJOR = 1
 STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, ser_json_inf_nan="strings")
 
 Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
-Nodes = Annotated[int, Field(ge=1, le=10_000)]
-Processes = Annotated[int, Field(ge=1, le=1_024)]
-LoraRank = Annotated[int, Field(ge=0, le=65_536)]
+LIMITS = {"lora_rank": (0, 65_536), "nodes": (1, 10_000), "processes_per_node": (1, 1_024)}
+"""Least and largest value on the axes that are numbers."""
+LoraRank = Annotated[int, Field(ge=LIMITS["lora_rank"][0], le=LIMITS["lora_rank"][1])]
+Nodes = Annotated[int, Field(ge=LIMITS["nodes"][0], le=LIMITS["nodes"][1])]
+Processes = Annotated[int, Field(ge=LIMITS["processes_per_node"][0], le=LIMITS["processes_per_node"][1])]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=False)]
 Share = Annotated[float, Field(ge=0, le=1, strict=False)]

@@ -44,16 +44,29 @@ def _place_of(path: Path) -> Path:
     return place
 
 
+def replace(place: Path, content: str | bytes) -> None:
+    """Put a file in the place of what is there, in one step. Raises OSError; what was there before is whole then."""
+    draft = _draft(place, content)
+    try:
+        draft.replace(place)
+    except BaseException:
+        draft.unlink()
+        raise
+
+
 def _draft(place: Path, content: str | bytes) -> Path:
+    """A file of this content beside `place`, on the disk."""
     handle, name = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name[:100]}.")
-    os.close(handle)
     draft = Path(name)
     try:
         _write(draft, content)
+        os.fsync(handle)
         draft.chmod(0o644)
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
+    finally:
+        os.close(handle)
     return draft
 
 

@@ -36,11 +36,9 @@ from bench.models.presets import model_problem, vocabulary_size
 from bench.record import first_problem, write_json
 from bench.stages.base import SPECS
 from bench.strategies.base import all_strategies
-from bench.suite import Known, Limits, Suite, matches, place_of_setting, read_suite, set_of_mistakes, settings_for
+from bench.suite import MOST_LETTERS, Known, Limits, Suite, matches, place_of_setting, read_suite, set_of_mistakes, settings_for
 
 PLAN_SCHEMA = "coati-bench/plan/1"
-MOST_LETTERS = 64
-"""Of a suite's name; the pattern in bench/suite.py says so, too."""
 MOST_TRIALS = 1_000_000
 """Of one plan, all cells together."""
 

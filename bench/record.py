@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,6 +16,7 @@ from pydantic.dataclasses import dataclass
 
 from bench.cell import SCHEMA_MAJOR, STRICT, Cell, cell_from_json
 from bench.errors import RecordError, UserError
+from bench.files import replace
 
 SCHEMA = f"coati-bench/record/{SCHEMA_MAJOR}"
 
@@ -265,17 +265,7 @@ def write_json(content: Any, path: Path) -> None:
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     path = _replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    replace(path, text)
 
 
 def _replaceable(path: Path) -> Path:

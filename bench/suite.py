@@ -18,10 +18,12 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from bench.cell import AXES, SETTINGS, STRICT, Count, LoraRank, Name, Nodes, Positive, Processes, validate_settings
+from bench.cell import AXES, LIMITS, SETTINGS, STRICT, Count, LoraRank, Name, Nodes, Positive, Processes, validate_settings
 from bench.checkout import package_folder
 from bench.errors import Mistake, SuiteError, UserError
 
+MOST_LETTERS = 64
+"""Of a suite's name."""
 LARGEST_SUITE_BYTES = 1 << 20
 
 
@@ -70,7 +72,7 @@ class Limits:
 class Suite:
     """A suite file, checked. `settings`, `stages`, `overrides` and the cell are merged in this order."""
 
-    suite: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+    suite: Annotated[str, Field(pattern=rf"^[a-z0-9][a-z0-9._-]{{0,{MOST_LETTERS - 1}}}$")]
     """Name; the folder under results/."""
     description: str = ""
     axes: Axes
@@ -263,10 +265,6 @@ def _from_pydantic(error: ValidationError, prefix: str) -> list[Mistake]:
         problem = _WORDS.get(item["type"], item["msg"])
         mistakes.append(Mistake(path, problem, None if problem == "missing" else item["input"]))
     return mistakes
-
-
-LIMITS = {"lora_rank": (0, 65_536), "nodes": (1, 10_000), "processes_per_node": (1, 1_024)}
-"""Least and largest value on the axes that are numbers, as `bench.cell` has them."""
 
 
 def _near(name: object, names: tuple[str, ...]) -> str:

@@ -32,7 +32,7 @@ from torch import Tensor
 from bench.errors import BenchError, MachineError
 from bench.measure.clock import LapClock, synchronise
 from bench.measure.consistency import inconsistency
-from bench.measure.evidence.judge import Declared
+from bench.measure.evidence.judge import Declared, written
 from bench.measure.evidence.watch import EvidenceWatch, learning_rates
 from bench.measure.memory import MemoryWatch
 from bench.measure.preflight import preflight
@@ -460,7 +460,7 @@ def classify(error: BaseException, phase: str, step: int) -> Ending:
         return Ending(outcome="diverged" if isinstance(error, Diverged) else "invalid", code=EXIT_OK, reason=str(error))
     if is_out_of_memory(error):
         requested = requested_bytes(str(error))
-        asked = "an unknown amount" if requested is None else in_units(requested)
+        asked = "an unknown amount" if requested is None else written(requested)
         return Ending(outcome="oom", code=EXIT_OOM, reason=f"out of memory in phase {phase} at step {step}: {asked} requested")
     text = str(error) if isinstance(error, BenchError) else f"{type(error).__name__}: {error}"
     return Ending(outcome="error", code=EXIT_ERROR, reason=" ".join(text.split())[:2000])
@@ -482,16 +482,6 @@ def requested_bytes(text: str) -> int | None:
     """
     found = _REQUESTED.search(text)
     return None if found is None else int(float(found[1]) * _SIZES[found[2]])
-
-
-def in_units(size: int) -> str:
-    """A number of bytes in the largest unit of which it has one.
-
-    >>> in_units(1374389534), in_units(4096), in_units(3)
-    ('1.28 GiB', '4.00 KiB', '3 bytes')
-    """
-    unit = next(name for name in reversed(_SIZES) if size >= _SIZES[name] or name == "B")
-    return f"{size} bytes" if _SIZES[unit] == 1 else f"{size / _SIZES[unit]:.2f} {unit}"
 
 
 def run_rank(trial: Trial) -> int:

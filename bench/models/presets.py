@@ -14,6 +14,7 @@ import difflib
 import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -221,7 +222,10 @@ def config_numbers(name: str) -> dict[str, Any]:
     """The configuration of a preset or of a model folder; empty where there is none to be read, or a wrong one (`model_problem`)."""
     if preset := PRESETS.get(name):
         return {**preset.config, "model_type": preset.model_type}
-    return {} if model_problem(name) else _read_config(expanded(name) / "config.json") or {}
+    with suppress(UserError):
+        config = _read_config(expanded(name) / "config.json")
+        return {} if config is None or _config_problem(config) else config
+    return {}
 
 
 def _read_config(path: Path) -> dict[str, Any] | None:

@@ -16,11 +16,9 @@ from bench.report.conditions import on_other_machines, other_conditions, paired
 from bench.report.inventory import BASELINE, STAGE_ORDER, Inventory, Missing, Row, cell_order, read_inventory
 from bench.report.metrics import METRICS, Trial, primary_metric
 from bench.report.parity import Parity, comparison_key, judge
+from bench.report.ranking import RankedSet, ranked_sets
 from bench.report.registry import NOTHING, Given
 from bench.report.statistics import Comparison, Summary, compare, verdicts
-
-MEMORY = ("device_memory_gib", "peak_allocated_gib", "host_peak_gib")
-"""Memory metrics, the most telling first."""
 
 
 @dataclass(eq=False)
@@ -167,6 +165,11 @@ class Analysis:
         """Whether every cell began from random weights."""
         return all(result.cell.settings.weights == "random" for result in self.results)
 
+    @cached_property
+    def ranked_sets(self) -> tuple[RankedSet, ...]:
+        """Comparison sets with at least two ranked cells on the same number of ranks."""
+        return ranked_sets(self.results)
+
 
 def read_analysis(records: Path, plan: Path | None = None, references: Path | None = None, given: Given = NOTHING) -> Analysis:
     """Read every record below `records` and work it out, one after the other, so that no laps stay in memory.
@@ -264,11 +267,6 @@ def _ratios(result: CellResult, baseline: CellResult) -> list[float]:
     name = primary_metric(result.cell.stage)
     pairs = [(trial.values[name].number, other.values[name].number) for trial, other in paired(result.ok, baseline.ok)]
     return [mine / theirs for mine, theirs in pairs if mine and theirs]
-
-
-def memory_metric(results: Sequence[CellResult]) -> str:
-    """The memory metric that a table shows: the most telling one that any of its cells has."""
-    return next((name for name in MEMORY if any(result.summary(name) for result in results)), MEMORY[0])
 
 
 def direction(name: str) -> str:

@@ -16,13 +16,13 @@ from bench.cell import Cell
 from bench.errors import UserError
 from bench.files import write_whole
 from bench.measure.conditions import Difference, conditions, differences
-from bench.report.analysis import MEMORY
 from bench.report.bands import COSTS, Check, cost_check
 from bench.report.inventory import BadFile, cell_order
 from bench.report.metrics import primary_metric
 from bench.report.pairing import Measured, Side, nothing_common, other_settings, pair_cells, read_cells, sorted_cells
 from bench.report.parity import comparison_key
 from bench.report.provenance import without_paths
+from bench.report.ranking import MEMORY
 from bench.report.repetition import Losses, repeat_of
 from bench.report.statistics import Comparison, Summary, verdicts
 from bench.report.statistics import compare as compare_ratios

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -13,7 +13,7 @@ from bench.differences import IDENTITY, settings_of, titled, told_apart
 from bench.report.analysis import Analysis, CellResult
 from bench.report.metrics import METRICS, primary_metric
 from bench.report.parity import NOTHING_TRAINED, compared
-from bench.report.ranking import Leaders, RankedSet, ranked_sets
+from bench.report.ranking import Leaders, RankedSet
 from bench.report.scaling import KINDS, scaled
 from bench.report.statistics import Summary
 from bench.report.text import DASH, counted, listed, lora, number, ratio, shape, spread
@@ -167,9 +167,8 @@ def _speed(analysis: Analysis) -> Iterator[str]:
         if reasons:
             yield f"No time or memory is claimed: {listed(reasons)}. Such figures are greyed and never compared."
         return
-    sets = ranked_sets(analysis.results)
     for stage in analysis.stages:
-        if sentence := _stage_sentence(stage, [item for item in sets if item.cell.stage == stage]):
+        if sentence := _stage_sentence(stage, [item for item in analysis.ranked_sets if item.cell.stage == stage]):
             yield sentence
         yield from _scaling(analysis, stage)
 
@@ -258,9 +257,8 @@ def _quality(analysis: Analysis) -> Iterator[str]:
 def answers(analysis: Analysis) -> list[Answer]:
     """One answer for each comparison set with two measured strategies at least."""
     found = []
-    sets = ranked_sets(analysis.results)
-    questions = _questions(analysis, sets)
-    for item in sets:
+    questions = _questions(analysis)
+    for item in analysis.ranked_sets:
         fastest, leanest = item.fastest, item.leanest
         speed = (fastest.text, _note(fastest)) if fastest else (DASH, "no two strategies ran under the same conditions")
         memory = (leanest.text, _note(leanest)) if leanest else (DASH, "no figure of memory for two strategies")
@@ -269,12 +267,12 @@ def answers(analysis: Analysis) -> list[Answer]:
     return found
 
 
-def _questions(analysis: Analysis, sets: Sequence[RankedSet]) -> dict[Cell, str]:
+def _questions(analysis: Analysis) -> dict[Cell, str]:
     """What each set is about, by its cell, and where others are named alike the settings that tell it from them."""
     cells = [result.cell for result in analysis.results]
     models, precisions = {it.model for it in cells}, {it.settings.precision for it in cells}
     words = partial(_set_name, models=len(models) > 1, precisions=len(precisions) > 1)
-    return titled((item.cell for item in sets), words, " · ", compared)
+    return titled((item.cell for item in analysis.ranked_sets), words, " · ", compared)
 
 
 def _set_name(cell: Cell, *, models: bool, precisions: bool) -> str:

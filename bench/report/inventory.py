@@ -143,9 +143,10 @@ def _read_rows(
 
 
 @lru_cache(maxsize=10_000)
-def _cell(text: str) -> Cell:
-    """The cell that `text` writes; the trials of one cell share it."""
-    return cell_from_json(json.loads(text))
+def _cell(text: str) -> tuple[Cell, str]:
+    """The cell that `text` writes, and its id; the trials of one cell share them."""
+    cell = cell_from_json(json.loads(text))
+    return cell, cell.cell_id
 
 
 def _read_row(path: Path, name: str) -> Row | BadFile:
@@ -154,8 +155,7 @@ def _read_row(path: Path, name: str) -> Row | BadFile:
     except RecordError as error:
         return BadFile(name, str(error).replace(str(path), name))
     try:
-        row = Row(record, _cell(canonical_json(record.cell)), name)
-        row.cell.cell_id  # noqa: B018 (what cannot be named is no cell)
+        cell, cell_id = _cell(canonical_json(record.cell))
         conditions(record)
     except KeyError:
         return BadFile(name, f"not a record; unknown stage: {record.cell.get('stage')!r}")
@@ -164,14 +164,14 @@ def _read_row(path: Path, name: str) -> Row | BadFile:
         return BadFile(name, f"not a record; its cell at {'.'.join(map(str, first['loc']))}: {first['msg']}")
     except ODD as error:
         return BadFile(name, f"not a record; what it says of its cell or machines has another form: {error}")
-    return _problem_of(row) or row
+    row = Row(record, cell, name)
+    return _problem_of(row, cell_id) or row
 
 
-def _problem_of(row: Row) -> BadFile | None:
-    """What a record contradicts: itself, or what this version knows."""
-    if row.cell.cell_id != row.record.cell_id:
-        said, seen = row.record.cell_id, row.cell.cell_id
-        return BadFile(row.file, f"says it is of the cell {said}, and its cell is {seen}; changed by hand, or of another version")
+def _problem_of(row: Row, cell_id: str) -> BadFile | None:
+    """What a record contradicts: itself, as its cell has the id `cell_id`, or what this version knows."""
+    if (said := row.record.cell_id) != cell_id:
+        return BadFile(row.file, f"says it is of the cell {said}, and its cell is {cell_id}; changed by hand, or of another version")
     if row.cell.strategy not in all_strategies():
         return BadFile(row.file, f"unknown strategy {row.cell.strategy!r}, which another version may have; seen in its cell")
     if max(row.record.trial, row.record.seed, row.record.attempt) >= LARGEST:

@@ -11,10 +11,10 @@ from bench.cell import AXES, Cell, canonical_json, cell_to_json, identity
 from bench.errors import UserError
 from bench.layout import Layout
 from bench.measure.conditions import Difference
-from bench.report.analysis import MEMORY
 from bench.report.inventory import BadFile, Row, cell_order, read_inventory
 from bench.report.metrics import METRICS, NoValue, Trial, primary_metric
 from bench.report.parity import NOTHING_TRAINED, Parity, judge, trained_nothing
+from bench.report.ranking import MEMORY
 from bench.report.statistics import Summary
 
 SETTINGS_OF_THE_PLACE = ("device", "launcher", "precision")

@@ -12,10 +12,11 @@ from markupsafe import Markup
 
 from bench.cell import Cell
 from bench.differences import settings_of, told_apart, written
-from bench.report.analysis import Analysis, CellResult, memory_metric
+from bench.report.analysis import Analysis, CellResult
 from bench.report.inventory import BASELINE
 from bench.report.metrics import METRICS, NoValue, phase_means, primary_metric
 from bench.report.parity import FP32_CURVE, HALF_CURVE, HALF_STEPS, deviations, losses
+from bench.report.ranking import memory_metric
 from bench.report.svg import DASHES, Bar, Change, Curve, bar_chart, change_chart, line_chart
 from bench.report.text import number, shape
 from bench.stages.base import SPECS

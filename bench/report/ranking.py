@@ -9,17 +9,24 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import log
+from typing import TYPE_CHECKING
 
 from bench.cell import Cell
 from bench.differences import settings_of, told_apart
-from bench.report.analysis import MEMORY, CellResult
 from bench.report.conditions import on_other_machines, other_conditions
 from bench.report.inventory import BASELINE
 from bench.report.metrics import primary_metric
 from bench.report.parity import comparison_key
 from bench.report.statistics import THRESHOLD
 from bench.report.text import listed
+
+if TYPE_CHECKING:
+    from bench.report.analysis import CellResult
+
+MEMORY = ("device_memory_gib", "peak_allocated_gib", "host_peak_gib")
+"""Memory metrics, the most telling first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +52,7 @@ class Leaders:
         return f"{first} ({listed(others)} within 3 %)" if others else first
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class RankedSet:
     """Measured cells that differ in nothing but the strategy (and `naive`, which runs on one rank); struck ones are not in it."""
 
@@ -53,7 +60,7 @@ class RankedSet:
     """One of them, for what they share."""
     results: tuple[CellResult, ...]
 
-    @property
+    @cached_property
     def fastest(self) -> Leaders | None:
         """By the primary metric of the stage, among cells of like conditions; None where fewer than two are."""
         alike = like_conditions(self.results)
@@ -65,11 +72,10 @@ class RankedSet:
             elsewhere=_once(it.cell.strategy for it in alike if on_other_machines(it.ok, best[0].ok)),
         )  # fmt: skip
 
-    @property
+    @cached_property
     def leanest(self) -> Leaders | None:
         """By the most telling figure of memory that all cells have, else that any has; None where fewer than two have it."""
-        name = next((name for name in MEMORY if all(it.summary(name) for it in self.results)), None)
-        name = name or next((name for name in MEMORY if any(it.summary(name) for it in self.results)), MEMORY[0])
+        name = next((name for name in MEMORY if all(it.summary(name) for it in self.results)), memory_metric(self.results))
         known = [it for it in self.results if it.summary(name)]
         best = _best(known, name, highest=False)
         return self._leaders(name, best, known) if best else None
@@ -83,6 +89,11 @@ class RankedSet:
             metric=metric, results=tuple(best), names=_once(named[it] for it in best), backed=backed,
             left_out=_once(it.cell.strategy for it in self.results if it not in among), elsewhere=elsewhere,
         )  # fmt: skip
+
+
+def memory_metric(results: Sequence[CellResult]) -> str:
+    """The memory metric that a table shows: the most telling one that any of its cells has."""
+    return next((name for name in MEMORY if any(result.summary(name) for result in results)), MEMORY[0])
 
 
 def _once(names: Iterable[str]) -> tuple[str, ...]:

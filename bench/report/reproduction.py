@@ -8,10 +8,10 @@ from math import exp
 from typing import Any
 
 from bench.measure.conditions import conditions
-from bench.report.analysis import MEMORY
 from bench.report.bands import COST_SHARE, Check
 from bench.report.inventory import Row
 from bench.report.metrics import METRICS, Trial, primary_metric
+from bench.report.ranking import MEMORY
 from bench.report.repetition import repeat_of
 from bench.report.statistics import THRESHOLD
 from bench.report.text import number

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from bench.cell import Cell
 from bench.differences import differing, named, settings_of, told_apart, written
-from bench.report.analysis import CellResult, memory_metric
+from bench.report.analysis import CellResult
 from bench.report.metrics import METRICS, primary_metric
 from bench.report.provenance import without_paths
+from bench.report.ranking import memory_metric
 from bench.report.statistics import Summary
 from bench.report.text import DASH, lora, number, ratio, shape, spread
 
